@@ -1,0 +1,1 @@
+"""Numerics of quantization: numpy arrays in, numpy arrays out; no graphs, no onnx."""
