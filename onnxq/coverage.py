@@ -1,0 +1,126 @@
+"""How much of a model is quantized: share of multiply-accumulates and of weight bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+import onnx_graphsurgeon as gs
+
+from onnxq.model import Model, producer
+from onnxq.passes.ops import OPS, is_constant, weight_input
+
+RECURRENT = ("LSTM", "GRU", "RNN")
+
+
+@dataclass(frozen=True, slots=True)
+class Coverage:
+    """What of a model runs on, and is stored as, integers.
+
+    macs: multiply-accumulates of one forward pass (an unknown dimension counts as 1). weight_bytes:
+    as float32, whatever they are stored in. float_layers: (node, operator, share of all
+    multiply-accumulates) of each layer that computes in floats.
+    """
+
+    macs: float
+    quantized_macs: float
+    weight_bytes: int
+    quantized_weight_bytes: int
+    float_layers: tuple[tuple[str, str, float], ...]
+
+    @property
+    def macs_share(self) -> float:
+        """Share of multiply-accumulates in integers, 0 to 1."""
+        return self.quantized_macs / self.macs if self.macs else 0.0
+
+    @property
+    def weight_share(self) -> float:
+        """Share of weight bytes in integers, 0 to 1."""
+        return self.quantized_weight_bytes / self.weight_bytes if self.weight_bytes else 0.0
+
+
+def coverage(model: Model) -> Coverage:
+    """Measure a model as it is, quantized or not; bodies of control flow included."""
+    work = macs(model)
+    layers = [node for node in model.nodes() if id(node) in work]
+    integer = {id(node) for node in layers if is_integer(node)}
+    total = sum(work.values())
+    floats = tuple(
+        (node.name, node.op, work[id(node)] / total if total else 0.0)
+        for node in layers
+        if id(node) not in integer
+    )
+    stored = [0, 0]
+    for graph in model.graphs():
+        for tensor in graph.tensors().values():
+            if isinstance(tensor, gs.Constant) and (kind := _stored(tensor)) is not None:
+                stored[kind] += 4 * prod(tensor.shape)
+    return Coverage(
+        macs=total,
+        quantized_macs=sum(work[key] for key in integer),
+        weight_bytes=sum(stored),
+        quantized_weight_bytes=stored[True],
+        float_layers=floats,
+    )
+
+
+def is_integer(node: gs.Node) -> bool:
+    """Whether a layer's operands all come from DequantizeLinear, or the layer is an integer one."""
+    if node.op not in OPS:
+        return node.op not in RECURRENT
+    operands = node.inputs[: 1 if node.op in RECURRENT else 2]
+    return all((source := producer(t)) is not None and source.op == "DequantizeLinear" for t in operands)
+
+
+def _stored(tensor: gs.Constant) -> bool | None:
+    """True: integers that are dequantized; False: floats; None: neither is a weight."""
+    name = str(tensor.dtype)
+    if "float" in name:
+        return False
+    if "int" not in name:
+        return None
+    todo = list(tensor.outputs)
+    while todo:
+        node = todo.pop()
+        if node.op == "DequantizeLinear" and node.inputs[0].dtype == tensor.dtype:
+            return True
+        if node.op.startswith(("QLinear", "MatMulInteger", "ConvInteger")):
+            return True
+        if node.op in ("Gather", "Transpose", "Reshape"):
+            todo += [reader for out in node.outputs for reader in out.outputs]
+    return None
+
+
+def macs(model: Model) -> dict[int, float]:
+    """Multiply-accumulates of each layer by node id, from static shapes; unknown sizes count as 1."""
+    return {id(node): count for node in model.nodes() if (count := _macs(node)) is not None}
+
+
+def _macs(node: gs.Node) -> float | None:
+    if node.op in RECURRENT:
+        sizes = [prod(t.shape) for t in node.inputs[1:3] if is_constant(t)]
+        steps = _size(node.inputs[0], slice(0, 2))
+        return steps * sum(sizes) if sizes else None
+    if node.op not in OPS or OPS[node.op].role != "linear":
+        return None
+    index = weight_input(node)
+    weight = node.inputs[1 if index is None else index]
+    if weight.shape is None:
+        return None
+    if node.op == "Conv":
+        return _size(node.outputs[0]) * prod(_known(weight.shape[1:]))
+    if node.op == "ConvTranspose":
+        return _size(node.inputs[0]) * prod(_known(weight.shape[1:]))
+    left = node.inputs[0].shape
+    if left is None or not left:
+        return None
+    inner = left[0] if node.op == "Gemm" and node.attrs.get("transA", 0) else left[-1]
+    return _size(node.outputs[0]) * (inner if isinstance(inner, int) else 1)
+
+
+def _size(tensor: gs.Tensor, part: slice = slice(None)) -> float:
+    return float(prod(_known(tensor.shape[part]))) if tensor.shape else 1.0
+
+
+def _known(shape: list[int | str]) -> list[int]:
+    return [d if isinstance(d, int) and d > 0 else 1 for d in shape]

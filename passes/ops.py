@@ -1,0 +1,171 @@
+"""OPS: the one table of what quantization knows about operators.
+
+A new operator is a new row. Roles:
+
+    linear   has multiply-accumulates over a weight: the gain is here
+    carry    computes in int8 with input and output scales of its own; worth it only between others
+    move     moves data only: output values are input values, so both share one scale
+    table    looks rows up in a constant: the constant is quantized, the result is dequantized
+    absorb   a clamp, which the saturation of QuantizeLinear does for free after a linear layer
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from onnxq.model import Model, values_of
+
+Role = Literal["linear", "carry", "move", "table", "absorb"]
+
+
+@dataclass(frozen=True, slots=True)
+class OpSpec:
+    """What quantization knows about an operator.
+
+    weight: input that holds the weight, if there is one by definition (MatMul has one only if an
+    input is constant). axis: the weight's output-channel axis. contract: the weight's axes that a
+    multiply-accumulate sums over. bias: input that is added in the accumulator's scale.
+    activations: inputs that are quantized as activations; None: all of them.
+    """
+
+    role: Role
+    weight: int | None = None
+    axis: Callable[[gs.Node], int] | None = None
+    bias: int | None = None
+    activations: tuple[int, ...] | None = (0,)
+
+
+def _gemm_axis(node: gs.Node) -> int:
+    return 0 if node.attrs.get("transB", 0) else 1
+
+
+MOVE = OpSpec("move")
+CARRY = OpSpec("carry")
+CARRY_ALL = OpSpec("carry", activations=None)
+
+OPS: dict[str, OpSpec] = {
+    "Conv": OpSpec("linear", weight=1, axis=lambda _: 0, bias=2),
+    "ConvTranspose": OpSpec("linear", weight=1, axis=lambda _: 1, bias=2),
+    "Gemm": OpSpec("linear", weight=1, axis=_gemm_axis, bias=2),
+    "MatMul": OpSpec("linear", weight=1, axis=lambda _: -1, activations=(0, 1)),
+    "Add": CARRY_ALL,
+    "Mul": CARRY_ALL,
+    "Concat": CARRY_ALL,
+    "AveragePool": CARRY,
+    "GlobalAveragePool": CARRY,
+    "LeakyRelu": CARRY,
+    "Sigmoid": CARRY,
+    "Softmax": CARRY,
+    "MaxPool": MOVE,
+    "Resize": MOVE,
+    "Reshape": MOVE,
+    "Flatten": MOVE,
+    "Squeeze": MOVE,
+    "Unsqueeze": MOVE,
+    "Transpose": MOVE,
+    "Slice": MOVE,
+    "Split": MOVE,
+    "Tile": MOVE,
+    "Pad": MOVE,
+    "Expand": MOVE,
+    "DepthToSpace": MOVE,
+    "SpaceToDepth": MOVE,
+    "Gather": OpSpec("table", weight=0, axis=lambda _: -1, activations=()),
+    "Relu": OpSpec("absorb"),
+    "Clip": OpSpec("absorb"),
+}
+
+
+def weight_input(node: gs.Node) -> int | None:
+    """Which input of the node is its constant weight; None when there is none.
+
+    For MatMul that is whichever input is constant (the second, if both are).
+    """
+    spec = OPS.get(node.op)
+    if spec is None or spec.weight is None or len(node.inputs) <= spec.weight:
+        return None
+    candidates = (1, 0) if node.op == "MatMul" else (spec.weight,)
+    return next((i for i in candidates if is_constant(node.inputs[i])), None)
+
+
+def weight_axis(node: gs.Node, index: int) -> int | None:
+    """The output-channel axis (not negative) of the node's weight; None where it has none.
+
+    A constant left operand of MatMul has its output channels on the rows, a vector has none, and
+    for transposed convolutions in groups the axis is that of one group.
+    """
+    rank = len(node.inputs[index].shape)
+    if node.op == "MatMul":
+        return None if rank < 2 else rank - 1 if index == 1 else rank - 2
+    axis_of = OPS[node.op].axis
+    return None if axis_of is None else axis_of(node) % rank
+
+
+def activation_inputs(node: gs.Node) -> list[int]:
+    """Inputs of the node that are quantized as activations (its weight is not among them)."""
+    spec = OPS[node.op]
+    wanted = range(len(node.inputs)) if spec.activations is None else spec.activations
+    weight = weight_input(node)
+    return [i for i in wanted if i < len(node.inputs) and i != weight and node.inputs[i].name]
+
+
+def clamp_bounds(node: gs.Node) -> tuple[float, float] | None:
+    """The interval that a Relu or Clip clamps to; None when it is not constant."""
+    if node.op == "Relu":
+        return 0.0, float("inf")
+    bounds = [node.attrs.get("min", -np.inf), node.attrs.get("max", np.inf)]
+    for i, tensor in enumerate(node.inputs[1:3]):
+        if tensor.name:
+            value = values_of(tensor)
+            if value is None or value.size != 1:
+                return None
+            bounds[i] = float(value.reshape(()))
+    return float(bounds[0]), float(bounds[1])
+
+
+def useful_range(model: Model, tensor: gs.Tensor) -> tuple[float, float]:
+    """The interval outside of which no reader of the tensor tells one value from another.
+
+    Exact for HardSwish, HardSigmoid, Relu and Clip. Sigmoid, and x * Sigmoid(x) on its negative
+    side, are flat to within 3e-3 beyond SATURATED.
+    """
+    if model.is_output(tensor):
+        return -np.inf, np.inf
+    lo, hi = np.inf, -np.inf
+    for node in tensor.outputs:
+        bounds = _useful(node, tensor)
+        lo, hi = min(lo, bounds[0]), max(hi, bounds[1])
+    return (lo, hi) if lo < hi else (-np.inf, np.inf)
+
+
+SATURATED = 8.0
+
+
+def _useful(node: gs.Node, tensor: gs.Tensor) -> tuple[float, float]:
+    if node.op in ("Relu", "Clip") and node.inputs[0] is tensor:
+        return clamp_bounds(node) or (-np.inf, np.inf)
+    if node.op == "HardSwish":
+        return -3.0, np.inf
+    if node.op == "HardSigmoid":
+        alpha, beta = node.attrs.get("alpha", 0.2), node.attrs.get("beta", 0.5)
+        return (-beta / alpha, (1 - beta) / alpha) if alpha > 0 else (-np.inf, np.inf)
+    if node.op == "Sigmoid":
+        return -SATURATED, SATURATED
+    if node.op == "Mul" and any(
+        t.inputs and t.inputs[0].op == "Sigmoid" and t.inputs[0].inputs[0] is tensor
+        for t in node.inputs
+    ):
+        return -SATURATED, np.inf
+    return -np.inf, np.inf
+
+
+def is_constant(tensor: gs.Tensor) -> bool:
+    """Whether the tensor's values are in the file (initializer or Constant node)."""
+    return isinstance(tensor, gs.Constant) or bool(
+        tensor.inputs and tensor.inputs[0].op == "Constant"
+    )

@@ -1,0 +1,251 @@
+"""Where Q/DQ go: decided once, on the whole graph, from the target and the OPS table.
+
+Linear layers are quantized wherever the target can. Everything between them (elementwise operators,
+pooling, data movement) joins only where that keeps a chain in integers: some input already comes in
+integers, and something behind it wants integers. What is left is a list of *tensors* to quantize.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from onnxq.core import Note, Skip
+from onnxq.model import Model, readers, values_of
+from onnxq.passes.ops import (
+    OPS,
+    activation_inputs,
+    clamp_bounds,
+    is_constant,
+    weight_input,
+)
+from onnxq.targets import OpRule, Target
+
+RULE = "quantize_static"
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Which nodes run in integers, and which tensors are quantized for that.
+
+    nodes: by id. produced: tensors that exist only in integers (their producer writes integers), by
+    id; read: further tensors that integer nodes read, by id. sources: tensor name -> the tensor
+    whose values it carries (data movement shares its input's scale). clamps: producer id -> the Relu
+    or Clip behind it that the range can absorb.
+    """
+
+    nodes: Mapping[int, gs.Node]
+    produced: Mapping[int, gs.Tensor]
+    read: Mapping[int, gs.Tensor]
+    sources: Mapping[str, frozenset[str]]
+    clamps: Mapping[int, gs.Node]
+    declined: tuple[Note, ...]
+
+    def tensors(self) -> list[gs.Tensor]:
+        """All tensors to quantize."""
+        return [*self.produced.values(), *self.read.values()]
+
+
+def place(model: Model, target: Target, floats: Mapping[int, str]) -> Placement:
+    """Decide which nodes of the main graph run in integers.
+
+    floats: node id -> why that node has to stay float, found by the caller's rules.
+    """
+    chosen: dict[int, gs.Node] = {}
+    declined: list[Note] = []
+    main = {id(node) for node in model.graph.nodes}
+    for node in model.nodes(*target.operators, *(op for op in OPS if OPS[op].role == "linear")):
+        if OPS[node.op].role == "table" and not _is_table(node):
+            continue
+        try:
+            if node.op not in target.operators:
+                raise Skip(f"{target.name} has no integer {node.op}")
+            if id(node) not in main:
+                raise Skip("inside a body of If, Loop or Scan: activations there stay float")
+            check(node, target.operators[node.op])
+            if id(node) in floats:
+                raise Skip(floats[id(node)])
+        except Skip as reason:
+            if OPS[node.op].role in ("linear", "table"):
+                declined.append(Note(RULE, node.name, str(reason), changed=False))
+        else:
+            chosen[id(node)] = node
+    return _Chooser(model, target, chosen).placement(declined)
+
+
+def check(node: gs.Node, rule: OpRule) -> None:
+    """Raise Skip if the node cannot run in integers at all, whatever is around it."""
+    spec = OPS[node.op]
+    data = [node.inputs[i] for i in activation_inputs(node)]
+    weight = weight_input(node)
+    if weight is None and spec.weight is not None and node.op != "MatMul":
+        raise Skip("its weight is not constant")
+    for tensor in (*data, *((node.inputs[weight],) if weight is not None else ())):
+        if tensor.inputs and tensor.inputs[0].op == "DequantizeLinear":
+            raise Skip("it is already quantized")
+        if tensor.dtype != np.float32:
+            raise Skip(f"{tensor.name} is {tensor.dtype}, not float32")
+    for key, allowed in (rule.attributes or {}).items():
+        value = node.attrs.get(key, allowed[0])
+        if value not in allowed:
+            raise Skip(f"{key} is {value}: the target has integers only for {', '.join(allowed)}")
+    if node.op == "Pad" and not _pads_zero(node):
+        raise Skip("it pads with something else than zero")
+    if node.op == "Gemm" and (node.attrs.get("alpha", 1) != 1 or node.attrs.get("beta", 1) != 1):
+        raise Skip("alpha or beta is not 1")
+    if spec.bias is not None and len(node.inputs) > spec.bias and node.inputs[spec.bias].name:
+        _check_bias(node, node.inputs[spec.bias])
+    if weight is not None:
+        values = values_of(node.inputs[weight])
+        if values is None or not np.isfinite(values).all():
+            raise Skip("its weight has NaN or infinite values")
+        if not values.size:
+            raise Skip("its weight is empty")
+    if spec.role in ("linear", "carry") and not data:
+        raise Skip("all its inputs are constant")
+
+
+def _is_table(node: gs.Node) -> bool:
+    """Whether a Gather looks rows up in a matrix of floats (most do shape arithmetic)."""
+    table = node.inputs[0]
+    is_matrix = is_constant(table) and table.dtype == np.float32 and len(table.shape) == 2
+    return is_matrix and node.attrs.get("axis", 0) == 0
+
+
+def _pads_zero(node: gs.Node) -> bool:
+    if node.attrs.get("mode", "constant") != "constant":
+        return True
+    if len(node.inputs) < 3 or not node.inputs[2].name:
+        return bool(node.attrs.get("value", 0.0) == 0.0)
+    value = values_of(node.inputs[2])
+    return value is not None and not value.any()
+
+
+def _check_bias(node: gs.Node, bias: gs.Tensor) -> None:
+    values = values_of(bias)
+    if values is None:
+        raise Skip("its bias is not constant")
+    if not np.isfinite(values).all():
+        raise Skip("its bias has NaN or infinite values")
+    if node.op == "Gemm" and values.size > 1 and values.size != values.shape[-1]:
+        raise Skip("its bias is not one value a column")
+
+
+class _Chooser:
+    """The greatest set of nodes in which every one has a reason to be there."""
+
+    def __init__(self, model: Model, target: Target, chosen: dict[int, gs.Node]) -> None:
+        self.model, self.target, self.chosen = model, target, chosen
+        self.outputs = {id(t) for t in model.graph.outputs}
+        self.clamps: dict[int, gs.Node] = {}
+        for node in chosen.values():
+            if OPS[node.op].role in ("linear", "carry") and (clamp := self.clamp(node)):
+                self.clamps[id(node)] = clamp
+
+    def placement(self, declined: list[Note]) -> Placement:
+        while idle := [k for k, node in self.chosen.items() if not self.is_useful(node)]:
+            for key in idle:
+                del self.chosen[key]
+        produced = {id(t): t for n in self.chosen.values() if self.writes(n) for t in self.ends(n)}
+        read = {
+            id(n.inputs[i]): n.inputs[i]
+            for n in self.chosen.values()
+            for i in activation_inputs(n)
+            if not is_constant(n.inputs[i]) and id(n.inputs[i]) not in produced
+        }
+        clamps = {k: c for k, c in self.clamps.items() if k in self.chosen}
+        return Placement(
+            self.chosen, produced, read, self.sources(), clamps, tuple(declined)
+        )
+
+    def is_useful(self, node: gs.Node) -> bool:
+        if OPS[node.op].role in ("linear", "table"):
+            return True
+        if OPS[node.op].role == "absorb":
+            return False
+        fed = any(self.feeds(node, node.inputs[i]) for i in activation_inputs(node))
+        return fed and any(self.is_read(t) for t in self.ends(node))
+
+    def feeds(self, node: gs.Node, tensor: gs.Tensor) -> bool:
+        """Whether the tensor comes in integers anyway, so that the node can take them as they are.
+
+        A MatMul could write integers, but floats cost it nothing and spare an error: elementwise
+        operators behind it stay float; data movement between two of them gains.
+        """
+        source = self.maker(tensor)
+        if source is None:
+            return False
+        if self.target.operators[source.op].output == "quantized":
+            return True
+        return OPS[node.op].role == "move" and self.writes(source)
+
+    def maker(self, tensor: gs.Tensor) -> gs.Node | None:
+        """The chosen node that makes the tensor, a clamp between them left out."""
+        node = tensor.inputs[0] if tensor.inputs else None
+        if node is not None and OPS.get(node.op) and OPS[node.op].role == "absorb":
+            before = node.inputs[0].inputs
+            if before and self.clamps.get(id(before[0])) is node:
+                node = before[0]
+        return node if node is not None and id(node) in self.chosen else None
+
+    def is_read(self, tensor: gs.Tensor) -> bool:
+        return any(self.takes(node, i) for node, i in readers(tensor))
+
+    def takes(self, node: gs.Node, index: int) -> bool:
+        return id(node) in self.chosen and index in activation_inputs(node)
+
+    def writes(self, node: gs.Node) -> bool:
+        """Whether the node's result exists in integers only."""
+        if OPS[node.op].role == "table":
+            return False
+        if self.target.operators[node.op].output == "quantized":
+            return True
+        return all(
+            id(t) not in self.outputs
+            and any(True for _ in readers(t))
+            and all(self.takes(reader, i) for reader, i in readers(t))
+            for t in self.ends(node)
+        )
+
+    def ends(self, node: gs.Node) -> list[gs.Tensor]:
+        """The tensors that are quantized as the node's result: those behind its clamp, if any."""
+        clamp = self.clamps.get(id(node))
+        return [t for t in (clamp or node).outputs if t.name]
+
+    def clamp(self, node: gs.Node) -> gs.Node | None:
+        """The Relu or Clip that alone reads the node's result, when zero is among its values."""
+        (result, *_) = node.outputs
+        if len(result.outputs) != 1 or id(result) in self.outputs:
+            return None
+        clamp = result.outputs[0]
+        if clamp.op not in OPS or OPS[clamp.op].role != "absorb" or clamp.inputs[0] is not result:
+            return None
+        bounds = clamp_bounds(clamp)
+        return clamp if bounds and bounds[0] <= 0 <= bounds[1] else None
+
+    def sources(self) -> dict[str, frozenset[str]]:
+        """For each quantized tensor, the tensors whose common range is its own."""
+        group: dict[str, str] = {}
+
+        def find(name: str) -> str:
+            while group.setdefault(name, name) != name:
+                name = group[name]
+            return name
+
+        moved = set()
+        for node in self.chosen.values():
+            data = [node.inputs[i].name for i in activation_inputs(node)]
+            ends = [t.name for t in self.ends(node)]
+            if OPS[node.op].role == "move" or self.target.operators[node.op].shared:
+                for name in (*data[1:], *ends):
+                    group[find(name)] = find(data[0])
+                moved.update(ends)
+            for name in (*data, *(ends if self.writes(node) else ())):
+                find(name)
+        members: dict[str, set[str]] = {}
+        for name in group:
+            members.setdefault(find(name), set()).add(name)
+        return {name: frozenset(members[find(name)] - moved) for name in group}

@@ -1,0 +1,141 @@
+"""Fold scales: no pair of Q/DQ that does nothing, none twice, none around data movement.
+
+    Q(DQ(q))                 =>    q                    same scale and zero point
+    DQ(q), DQ(q)             =>    DQ(q)                the same for Q(x), Q(x)
+    Q(Move(DQ(q)))           =>    Move(q)              same scale and zero point
+    Q2(Move(DQ1(q)))         =>    Move(q) in scale 1   when the move is all that stands between
+
+All but the last are exact; the last is closer to the float model than what it replaces, because
+values that are only moved are rounded once instead of twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from onnxq.core import Fixpoint, Note, Pipeline, Skip, rewrites
+from onnxq.model import Model, producer, values_of
+from onnxq.passes.ops import OPS
+
+# The first opset in which the operator takes 8-bit integers; the others always did.
+INTEGERS_SINCE = {"MaxPool": 12, "Resize": 10, "Pad": 11}
+
+
+@rewrites("QuantizeLinear")
+def drop_requantize(model: Model, quantize: gs.Node) -> str | None:
+    """Q(DQ(q)) => q, with equal scale and zero point."""
+    source = producer(quantize.inputs[0])
+    if source is None or source.op != "DequantizeLinear":
+        return None
+    if not same_params(source, quantize):
+        return None
+    if model.is_output(quantize.outputs[0]):
+        raise Skip(f"{quantize.outputs[0].name} is an output")
+    model.replace(quantize.outputs[0], source.inputs[0])
+    return "Q(DQ(q)) to q"
+
+
+@rewrites("QuantizeLinear", "DequantizeLinear")
+def merge_twins(model: Model, node: gs.Node) -> str | None:
+    """Two equal Q of one tensor, or two equal DQ, become one."""
+    for twin in node.inputs[0].outputs:
+        if twin is node:
+            return None  # the first of its kind stays
+        if twin.op != node.op or not twin.outputs or not same_params(twin, node):
+            continue
+        if model.is_output(node.outputs[0]) or model.graph_of(twin) is not model.graph_of(node):
+            continue
+        model.replace(node.outputs[0], twin.outputs[0])
+        return f"the same as {twin.name}"
+    return None
+
+
+@rewrites(*(op for op, spec in OPS.items() if spec.role == "move"))
+def move_integers(model: Model, move: gs.Node) -> str | None:
+    """Q(Move(DQ(q))) => Move(q); the pair behind the move takes the scale of the one before."""
+    before, out = producer(move.inputs[0]), move.outputs[0]
+    if before is None or before.op != "DequantizeLinear" or not _is_per_tensor(before):
+        return None
+    after = [[n for n in t.outputs if n.op == "QuantizeLinear"] for t in move.outputs]
+    if not all(len(t.outputs) == len(q) == 1 for t, q in zip(move.outputs, after, strict=True)):
+        return None
+    if any(model.is_output(t) for t in move.outputs):
+        return None
+    if INTEGERS_SINCE.get(move.op, 0) > model.opset:
+        raise Skip(f"{move.op} takes no integers before opset {INTEGERS_SINCE[move.op]}")
+    quantizes = [q for (q,) in after]
+    for quantize in quantizes:
+        rescalable = all(n.op == "DequantizeLinear" for n in quantize.outputs[0].outputs)
+        if not rescalable and not same_params(before, quantize):
+            return None
+    if any(model.is_output(q.outputs[0]) for q in quantizes):
+        raise Skip(f"{out.name} is an output in integers")
+    for tensor, quantize in zip(list(move.outputs), quantizes, strict=True):
+        _rescale(quantize.outputs[0], before)
+        integers = quantize.outputs[0]
+        quantize.outputs.clear()
+        quantize.inputs.clear()
+        move.outputs[next(i for i, t in enumerate(move.outputs) if t is tensor)] = integers
+    move.inputs[0] = before.inputs[0]
+    if move.op == "Pad" and move.attrs.get("mode", "constant") == "constant":
+        _set_input(move, 2, before.inputs[2])  # the integer that stands for 0.0
+    return f"{move.op} moves integers"
+
+
+def _set_input(node: gs.Node, index: int, tensor: gs.Tensor) -> None:
+    if index < len(node.inputs):
+        node.inputs[index] = tensor
+    else:
+        node.inputs.append(tensor)
+
+
+def _rescale(integers: gs.Tensor, before: gs.Node) -> None:
+    """Let every reader of the integers take them in the scale they had before the move."""
+    integers.dtype = before.inputs[0].dtype
+    for reader in integers.outputs:
+        for i in (1, 2):
+            reader.inputs[i] = before.inputs[i]
+
+
+def _is_per_tensor(node: gs.Node) -> bool:
+    return all(isinstance(t, gs.Constant) and not t.shape for t in node.inputs[1:3])
+
+
+def same_params(a: gs.Node, b: gs.Node) -> bool:
+    """Whether two Q or DQ nodes have equal constant scale, zero point and axis."""
+    if len(a.inputs) != len(b.inputs) or _attrs(a) != _attrs(b):
+        return False
+    for x, y in zip(a.inputs[1:], b.inputs[1:], strict=True):
+        if x is y:
+            continue
+        left, right = values_of(x), values_of(y)
+        if left is None or right is None or left.dtype != right.dtype:
+            return False
+        if not np.array_equal(left, right):
+            return False
+    return True
+
+
+def _attrs(node: gs.Node) -> dict[str, Any]:
+    return {"axis": 1, "block_size": 0} | dict(node.attrs)
+
+
+class SimplifyQdq:
+    """The three rules until nothing changes; a pass without options."""
+
+    name = "simplify_qdq"
+
+    def __call__(self, model: Model, /) -> Sequence[Note]:
+        """Fold pairs in place; see the module's text for what is exact."""
+        rules = Pipeline(self.name, (drop_requantize, merge_twins, move_integers))
+        return [note for note in Fixpoint(rules)(model) if note.changed]
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+simplify_qdq = SimplifyQdq()

@@ -1,0 +1,389 @@
+"""quantize_static: what runs in integers in onnxruntime afterwards, how close, and what stays float."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from onnx import numpy_helper, parser
+
+from onnxq import runtime
+from onnxq.data import Samples, open_samples
+from onnxq.errors import DataError
+from onnxq.model import Model
+from onnxq.numerics.metrics import sqnr_db
+from onnxq.passes import QuantizeStatic, simplify_qdq
+from onnxq.targets import load_target
+
+RNG = np.random.default_rng(7)
+SHAPES = {
+    "w": (8, 8, 3, 3),  # Conv, ConvTranspose
+    "w2": (8, 8, 1, 1),
+    "wd": (8, 1, 3, 3),
+    "wt": (8, 4, 3, 3),  # ConvTranspose in two groups
+    "b": (8,),
+    "b2": (8,),
+    "m": (8, 16),
+    "m2": (16, 8),
+    "bm": (16,),
+    "g": (16, 8),
+    "left": (8, 8),
+    "table": (50, 8),
+    "const": (1, 8, 1, 1),
+}
+
+
+def model(body: str, inputs: str = "float[1, 8, 12, 12] x", outputs: str = "float[a, b, c, d] y",
+          opset: int = 17, inits: str = "", **values: Any) -> Model:  # fmt: skip
+    """A model around `body`; weights of SHAPES that it names are drawn at random."""
+    inits = f"<{inits}>" if inits else ""
+    proto = parser.parse_model(
+        f'<ir_version: 8, opset_import: ["": {opset}]> g ({inputs}) => ({outputs}) {inits} {{ {body} }}'
+    )
+    rng = np.random.default_rng(3)
+    used = {name for node in proto.graph.node for name in node.input}
+    for name, shape in SHAPES.items():
+        if name in used:
+            value = values.get(name, rng.normal(0, 0.3, shape))
+            array = np.asarray(value, np.float32)
+            proto.graph.initializer.append(numpy_helper.from_array(array, name))
+    onnx.checker.check_model(proto, full_check=True)
+    return Model.from_proto(proto)
+
+
+def feeds(model: Model, n: int = 6, high: int = 50) -> list[dict[str, np.ndarray]]:
+    rng = np.random.default_rng(11)
+    return [
+        {
+            t.name: rng.integers(0, high, t.shape).astype(t.dtype)
+            if t.dtype == np.int64
+            else rng.normal(0, 1, t.shape).astype(np.float32)
+            for t in model.graph.inputs
+        }
+        for _ in range(n)
+    ]
+
+
+def samples(model: Model) -> Samples:
+    return open_samples(feeds(model), model)
+
+
+def quantized(before: Model, target: str = "ort-cpu", **options: Any) -> tuple[Model, list[Any]]:
+    after = before.copy()
+    notes = list(QuantizeStatic(load_target(target), samples(before), **options)(after))
+    notes += simplify_qdq(after)
+    onnx.checker.check_model(after.to_proto(), full_check=True)
+    return after, notes
+
+
+def run(model: Model, optimize: str = "all") -> dict[str, np.ndarray]:
+    session = runtime.session(model.to_proto(), optimize=optimize)
+    names = [o.name for o in session.get_outputs()]
+    runs = [session.run(None, feed) for feed in feeds(model)]
+    return {name: np.stack([r[i] for r in runs]) for i, name in enumerate(names)}
+
+
+def fidelity(before: Model, after: Model, output: str = "y") -> float:
+    return float(sqnr_db(run(before)[output], run(after)[output]))
+
+
+def executed(model: Model, path: Path) -> list[str]:
+    """Operators of the model as onnxruntime executes it (layout transformations left out)."""
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.optimized_model_filepath = str(path / "optimized.onnx")
+    options.log_severity_level = 3
+    ort.InferenceSession(
+        model.to_proto().SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    return [node.op_type for node in onnx.load(path / "optimized.onnx").graph.node]
+
+
+# One row an operator: between two integer layers it runs in integers. y is made by a Gemm or MatMul,
+# so that no output layer is left float.
+TAIL = "p = GlobalAveragePool(e) f = Flatten(p) y = Gemm<transB = 1>(f, g)"
+BETWEEN = [
+    pytest.param("c = Conv(x, w, b) e = Conv(c, w2, b2)", "QLinearConv", id="Conv"),
+    pytest.param("c = Conv(x, w, b) e = Conv<group = 8>(c, wd)", "QLinearConv", id="depthwise"),
+    pytest.param("c = Conv(x, w, b) r = Relu(c) e = Conv(r, w2)", "QLinearConv", id="Relu"),
+    pytest.param(
+        "c = Conv(x, w, b) lo = Constant<value_float = 0.0>() hi = Constant<value_float = 6.0>()"
+        " r = Clip(c, lo, hi) e = Conv(r, w2)",
+        "QLinearConv",
+        id="Clip",
+    ),
+    pytest.param("c = Conv(x, w) d = Conv(x, w) s = Add(c, d) e = Conv(s, w2)", "QLinearAdd", id="Add"),
+    pytest.param("c = Conv(x, w) s = Add(c, const) e = Conv(s, w2)", "QLinearAdd", id="Add-constant"),
+    pytest.param("c = Conv(x, w) d = Conv(x, w) s = Mul(c, d) e = Conv(s, w2)", "QLinearMul", id="Mul"),
+    pytest.param(
+        "c = Conv(x, w2) d = Conv(x, w2) s = Concat<axis = 2>(c, d) e = Conv(s, w2)",
+        "QLinearConcat",
+        id="Concat",
+    ),
+    pytest.param(
+        "c = Conv(x, w) s = AveragePool<kernel_shape = [2, 2]>(c) e = Conv(s, w2)",
+        "QLinearAveragePool",
+        id="AveragePool",
+    ),
+    pytest.param(
+        "c = Conv(x, w) s = MaxPool<kernel_shape = [2, 2]>(c) e = Conv(s, w2)", "MaxPool", id="MaxPool"
+    ),
+    pytest.param(
+        "c = Conv(x, w) s = LeakyRelu(c) e = Conv(s, w2)", "QLinearLeakyRelu", id="LeakyRelu"
+    ),
+    pytest.param("c = Conv(x, w) s = Sigmoid(c) e = Conv(s, w2)", "QLinearSigmoid", id="Sigmoid"),
+    pytest.param(
+        "sc = Constant<value_floats = [1.0, 1.0, 2.0, 2.0]>() c = Conv(x, w)"
+        " s = Resize<mode = 'nearest'>(c, , sc) e = Conv(s, w2)".replace("'", '"'),
+        "Resize",
+        id="Resize",
+    ),
+    pytest.param(
+        "c = Conv(x, w2) s = Transpose<perm = [0, 1, 3, 2]>(c) e = Conv(s, w2)", "Transpose", id="Transpose"
+    ),
+    pytest.param(
+        "c = Conv(x, w2) s, t = Split<axis = 2>(c) u = Add(s, t) e = Conv(u, w2)", "Split", id="Split"
+    ),
+    pytest.param(
+        "pads = Constant<value_ints = [0, 0, 1, 1, 0, 0, 1, 1]>() c = Conv(x, w2) s = Pad(c, pads)"
+        " e = Conv(s, w2)",
+        "Pad",
+        id="Pad",
+    ),
+]
+FLOAT_OPS = {"Conv", "FusedConv", "NhwcFusedConv", "Gemm", "FusedGemm", "MatMul", "Relu", "Clip", "Add",
+             "Mul", "Concat", "AveragePool", "LeakyRelu", "Sigmoid", "GlobalAveragePool"}  # fmt: skip
+
+
+@pytest.mark.parametrize(("body", "kernel"), BETWEEN)
+def test_runs_in_integers_between_layers(body: str, kernel: str, tmp_path: Path) -> None:
+    before = model(f"{body} {TAIL}", outputs="float[a, b] y")
+    after, _ = quantized(before)
+    ops = executed(after, tmp_path)
+    assert kernel in ops
+    assert not FLOAT_OPS & set(ops)
+    assert ops.count("QuantizeLinear") == 1  # of the input; everything behind it is in integers
+    assert fidelity(before, after) > 20  # the least seen is 23 dB (Mul); a wrong scale gives under 5
+
+
+def test_matmul_returns_floats_and_gemm_keeps_its_bias(tmp_path: Path) -> None:
+    before = model(
+        "h = MatMul(x, m) n = Softmax(h) k = MatMul(n, m2) y = Gemm<transB = 1>(k, g, bm)",
+        "float[4, 8] x",
+        "float[a, b] y",
+    )
+    after, _ = quantized(before)
+    ops = executed(after, tmp_path)
+    assert ops.count("MatMulIntegerToFloat") + ops.count("QLinearMatMul") == 2
+    assert "QGemm" in ops
+    assert not {"MatMul", "Gemm"} & set(ops)
+    assert fidelity(before, after) > 30
+
+
+def test_unsigned_range_of_a_relu_uses_all_of_it() -> None:
+    after, _ = quantized(model(f"c = Conv(x, w, b) r = Relu(c) e = Conv(r, w2) {TAIL}", outputs="float[a, b] y"))
+    assert after.nodes("Relu") == []
+    (q,) = [n for n in after.nodes("QuantizeLinear") if n.outputs[0].name.startswith("r_")]
+    assert q.inputs[2].values == 0
+
+
+def test_clip_wider_than_the_range_stays_when_it_matters() -> None:
+    """A Clip that cannot be told from saturation: its bounds do not include zero."""
+    before = model(
+        "lo = Constant<value_float = 0.5>() hi = Constant<value_float = 6.0>() c = Conv(x, w)"
+        f" r = Clip(c, lo, hi) e = Conv(r, w2) {TAIL}",
+        outputs="float[a, b] y",
+    )
+    after, _ = quantized(before)
+    assert len(after.nodes("Clip")) == 1
+    assert fidelity(before, after) > 30
+
+
+def test_layers_keep_their_names() -> None:
+    before = model(f"c = Conv(x, w) r = Relu(c) e = Conv(r, w2) {TAIL}", outputs="float[a, b] y")
+    after, _ = quantized(before)
+    names = {t.name for node in after.nodes("DequantizeLinear") for t in node.outputs}
+    assert {"r", "e", "p"} <= names
+
+
+def test_tied_weights_are_stored_once() -> None:
+    before = model(f"c = Conv(x, w) d = Conv(c, w) e = Conv(d, w) {TAIL}", outputs="float[a, b] y")
+    after, _ = quantized(before)
+    stored = [t for t in after.graph.tensors().values() if getattr(t, "dtype", None) == np.int8]
+    assert sum(t.shape == [8, 8, 3, 3] or tuple(t.shape) == (8, 8, 3, 3) for t in stored) == 1
+
+
+def test_bias_that_would_saturate_coarsens_the_weight() -> None:
+    """A dead channel's tiny scale times a bias of 100 is beyond int32."""
+    w = RNG.normal(0, 0.3, SHAPES["w"])
+    w[3] = 1e-12
+    b = np.full(8, 0.1)
+    b[3] = 100.0
+    before = model(f"c = Conv(x, w, b) e = Conv(c, w2) {TAIL}", outputs="float[a, b] y", w=w, b=b)
+    after, _ = quantized(before)
+    assert fidelity(before, after) > 30
+
+
+def test_embedding_rows_are_looked_up_in_integers(tmp_path: Path) -> None:
+    before = model("r = Gather(table, x) y = MatMul(r, m)", "int64[1, 5] x", "float[a, b, c] y")
+    after, _ = quantized(before)
+    (gather,) = after.nodes("Gather")
+    assert gather.inputs[0].dtype == np.int8
+    assert fidelity(before, after) > 30
+
+
+@pytest.mark.parametrize("group", [1, 2])
+def test_generic_quantizes_transposed_convolutions(group: int) -> None:
+    weight = "w" if group == 1 else "wt"
+    before = model(
+        f"c = Conv(x, w2) t = ConvTranspose<group = {group}>(c, {weight}, b) e = Conv(t, w2) {TAIL}",
+        outputs="float[a, b] y",
+    )
+    after, _ = quantized(before, "generic")
+    assert all(
+        t.inputs and t.inputs[0].op == "DequantizeLinear"
+        for node in after.nodes("ConvTranspose")
+        for t in node.inputs
+    )
+    assert fidelity(before, after) > 25
+
+
+@pytest.mark.parametrize("opset", [10, 11, 12, 13, 21])
+def test_every_opset_that_has_quantize_linear(opset: int) -> None:
+    before = model(f"c = Conv(x, w, b) e = Conv(c, w2) {TAIL}", outputs="float[a, b] y", opset=opset)
+    after, _ = quantized(before)
+    assert after.opset == opset
+    assert after.nodes("QuantizeLinear")
+    assert fidelity(before, after) > 25
+
+
+DECLINES = [
+    pytest.param(
+        dict(body="y = Conv(x, v)", inputs="float[1, 8, 12, 12] x, float[8, 8, 1, 1] v"),
+        "its weight is not constant",
+        id="runtime-weight",
+    ),
+    pytest.param(
+        dict(body="y = Conv(x, w)", w=np.full(SHAPES["w"], np.nan)), "NaN or infinite", id="nan-weight"
+    ),
+    pytest.param(
+        dict(body="y = ConvTranspose(x, w)"), "ort-cpu has no integer ConvTranspose", id="no-kernel"
+    ),
+    pytest.param(
+        dict(body="y = Gemm<alpha = 2.0>(x, m)", inputs="float[4, 8] x", outputs="float[a, b] y"),
+        "alpha or beta",
+        id="gemm-alpha",
+    ),
+    pytest.param(
+        dict(
+            body="y = Gemm(x, m, v)",
+            inputs="float[4, 8] x, float[16] v",
+            outputs="float[a, b] y",
+        ),
+        "its bias is not constant",
+        id="runtime-bias",
+    ),
+    pytest.param(
+        dict(
+            body="y = If(c) <then_branch = t () => (float[1, 8, 10, 10] u) { u = Conv(x, w) },"
+            " else_branch = f () => (float[1, 8, 10, 10] v) { v = Conv(x, w) }>",
+            inputs="bool c, float[1, 8, 12, 12] x",
+        ),
+        "inside a body",
+        id="body",
+    ),
+    pytest.param(
+        dict(body="c = Conv(x, w) r = Log(c) e = Relu(r) y = Conv(e, w)"), "goes into Log", id="front-end"
+    ),
+]
+
+
+@pytest.mark.parametrize(("graph", "reason"), DECLINES)
+def test_declines_with_a_reason(graph: dict[str, Any], reason: str) -> None:
+    before = model(**graph)
+    after = before.copy()
+    notes = QuantizeStatic(load_target("ort-cpu"), samples(before))(after)
+    assert any(reason in note.text and not note.changed for note in notes)
+
+
+def test_the_cheap_output_convolution_stays_float() -> None:
+    before = model("c = Conv(x, w) d = Conv(c, w) e = Conv(d, w) y = Conv<group = 8>(e, wd)")
+    after, notes = quantized(before)
+    (text,) = [n.text for n in notes if not n.changed]
+    assert "output layer" in text
+    assert fidelity(before, after) > 25
+
+
+def test_parts_of_a_concat_with_other_ranges_stay_float() -> None:
+    before = model(
+        "c = Conv(x, w2) s = Sigmoid(c) d = Conv(x, w2) t = Mul(d, const) k = Concat<axis = 2>(s, t)"
+        f" e = Conv(k, w2) {TAIL}",
+        outputs="float[a, b] y",
+        const=np.full(SHAPES["const"], 1000.0),
+    )
+    after, notes = quantized(before)
+    assert any("one scale would wipe it out" in n.text for n in notes)
+    (concat,) = after.nodes("Concat")
+    assert all(t.inputs[0].op != "QuantizeLinear" for t in concat.inputs)
+    assert concat.outputs[0].outputs[0].op == "QuantizeLinear"
+
+
+def test_scores_in_front_of_a_softmax_stay_float() -> None:
+    before = model(
+        "k = MatMul(x, left) s = Add(k, mask) p = Softmax(s) y = MatMul(p, left)",
+        "float[4, 8] x, float[4, 8] mask",
+        "float[a, b] y",
+    )
+    for target in ("ort-cpu", "generic"):
+        after, _ = quantized(before, target)
+        (add,) = after.nodes("Add")
+        assert add.inputs[1].name == "mask"
+        assert add.outputs[0].outputs[0].op == "Softmax"
+
+
+def test_recurrent_state_stays_float() -> None:
+    before = model(
+        "h = Gemm(state, left) i = Gemm(x, left) n = Add(h, i) y = Gemm(i, m) state2 = Tanh(n)",
+        "float[4, 8] x, float[4, 8] state",
+        "float[a, b] y, float[4, 8] state2",
+    )
+    _, notes = quantized(before)
+    assert [n.text for n in notes if "recurrent state" in n.text]
+
+
+def test_a_saved_calibration_is_used_again(tmp_path: Path) -> None:
+    before = model(f"c = Conv(x, w, b) e = Conv(c, w2) {TAIL}", outputs="float[a, b] y")
+    path = tmp_path / "ranges.npz"
+    first, _ = quantized(before, calibration=path)
+    again = before.copy()
+    QuantizeStatic(load_target("ort-cpu"), open_samples([{"x": np.zeros((1, 8, 12, 12), np.float32)}], before),
+                   calibration=path)(again)  # fmt: skip
+    simplify_qdq(again)
+    assert again.to_proto() == first.to_proto()
+
+
+def test_a_calibration_of_another_model_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "ranges.npz"
+    quantized(model(f"c = Conv(x, w, b) e = Conv(c, w2) {TAIL}", outputs="float[a, b] y"), calibration=path)
+    other = model(f"other = Conv(x, w, b) e = Conv(other, w2) {TAIL}", outputs="float[a, b] y")
+    with pytest.raises(DataError, match="has no statistics of 'other'"):
+        quantized(other, calibration=path)
+
+
+def test_a_second_run_changes_nothing() -> None:
+    before = model(f"c = Conv(x, w, b) r = Relu(c) e = Conv(r, w2) {TAIL}", outputs="float[a, b] y")
+    once, _ = quantized(before)
+    twice, notes = quantized(once)
+    assert not any(note.changed for note in notes)
+    assert twice.to_proto() == once.to_proto()
+
+
+@pytest.mark.parametrize("method", ["minmax", "percentile", "entropy", "mse"])
+def test_range_methods(method: str) -> None:
+    before = model(f"c = Conv(x, w, b) r = Relu(c) e = Conv(r, w2) {TAIL}", outputs="float[a, b] y")
+    after, _ = quantized(before, range=method)
+    assert fidelity(before, after) > 20
