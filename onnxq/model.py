@@ -3,99 +3,314 @@
 from __future__ import annotations
 
 import os
+from collections import ChainMap
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
+from google.protobuf.message import EncodeError  # type: ignore[import-untyped]
 from numpy.typing import NDArray
+from onnx_graphsurgeon.logger import G_LOGGER
 
 from onnxq.errors import ModelError
+from onnxq.files import PROTOBUF_LIMIT, DataFolder, atomic_write, check_model, read_model
+from onnxq.opsets import carry, converted
+from onnxq.serialization import (
+    DEFAULT_DOMAIN,
+    Exporter,
+    Importer,
+    Node,
+    bodies_of,
+    local_tensors,
+    origin_of,
+    place,
+    remember,
+    sort,
+    walk,
+)
+from onnxq.shapes import Merge, fill, same_types, symbols, take_types, update
+from onnxq.weights import (
+    SMALL,
+    DataWriter,
+    Fetch,
+    Placeholders,
+    Put,
+    Stored,
+    bytes_in,
+    inline,
+    values_in,
+    without,
+)
+
+EXTERNAL_ABOVE = 1_800_000_000
+"""Bytes of weights above which a data file is written: protobuf ends at 2 GiB."""
+
+PURE_DOMAINS = (*DEFAULT_DOMAIN, "ai.onnx.ml", "com.microsoft")
+"""Domains whose operators do nothing but compute their outputs."""
+
+G_LOGGER.severity = G_LOGGER.CRITICAL + 1  # it prints to stdout; errors still raise
 
 
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Model:
-    """An ONNX model that passes edit in place."""
+    """An ONNX model that passes edit in place.
+
+    Nodes have unique names, equal only themselves and can be in sets. Constants are read when
+    they are looked at (`values_of`) and never kept in memory twice; their arrays are read-only.
+
+    Initializers that the file lists as inputs are not in `graph.inputs`: nobody has to feed them.
+    They stay listed while they are in the graph; when the IR version rises from 3 they are listed
+    no more, since ONNX Runtime takes them for constants before that and for inputs after it.
+    """
 
     graph: gs.Graph
     envelope: onnx.ModelProto
     names: set[str] = field(default_factory=set, repr=False)
+    has_data_file: bool = field(default=False, repr=False)
+    _counts: dict[str, int] = field(default_factory=dict, repr=False)
+    _walked: list[gs.Graph] = field(default_factory=list, repr=False)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Model:
-        """Read a model file (external data stays on disk until it is looked at)."""
+        """Read a model file; external data stay on disk until they are looked at.
+
+        Raises ModelError, one line, when the file or its data files are not a model.
+        """
+        where = Path(path)
+        proto = read_model(where)
+        folder = DataFolder(where.parent)
+        external = False
+
+        def fetch(tensor: onnx.TensorProto) -> Stored:
+            nonlocal external
+            stored = Stored(tensor, folder)
+            external = external or stored.file is not None
+            return stored
+
         try:
-            return cls.from_proto(onnx.load(os.fspath(path)))
-        except OSError as e:
-            raise ModelError(f"{path}: {e.strerror}") from e
+            graph = _imported(proto, fetch)
+        except ModelError as e:
+            raise ModelError(f"{where}: {e}") from e
+        model = cls(graph, without(proto, "graph"), has_data_file=external)
+        model._prepare()
+        return model
 
     @classmethod
     def from_proto(cls, proto: onnx.ModelProto) -> Model:
-        """Wrap a model in memory; the proto is not modified."""
-        inferred = onnx.shape_inference.infer_shapes(proto, data_prop=True)
-        graph = gs.import_onnx(inferred)
-        envelope = onnx.ModelProto()
-        envelope.CopyFrom(proto)
-        envelope.ClearField("graph")
-        model = cls(graph, envelope)
-        model._name_everything()
+        """Wrap a model in memory.
+
+        The proto is not modified and its weights are not copied: leave it as it is while the
+        model is in use. Raises ModelError when it is no model or its weights are in data files.
+        """
+        check_model(proto, "model")
+        model = cls(_imported(proto, Stored), without(proto, "graph"))
+        model._prepare()
         return model
 
-    def _name_everything(self) -> None:
-        for graph in self.graphs():
-            self.names.update(graph.tensors())
+    def _prepare(self) -> None:
+        self._name_nodes()
+        self._infer(fill)
+        remember(self.graph)
+
+    def _name_nodes(self) -> None:
+        """Give every node a name that no other node has; the first of twins keeps its name."""
+        taken: set[str] = set()
+        nameless = []
         for node in self.nodes():
-            node.name = self.unique(node.name or f"{node.op}_{len(self.names)}")
+            if node.name and node.name not in taken:
+                taken.add(node.name)
+            else:
+                nameless.append(node)
+        for graph in self._walked:
+            self.names.update(local_tensors(graph), origin_of(graph).loose)
+            self.names.update(t.name for node in graph.nodes for t in node.inputs)
+        self.names.update(taken)
+        for i, node in enumerate(nameless):
+            node.name = self.unique(node.name or f"{node.op}_{i}")
 
     def to_proto(self) -> onnx.ModelProto:
-        """The model as a proto, all weights inside."""
-        for graph in self.graphs():
-            graph.toposort()
+        """The model as a proto, all weights inside.
+
+        Raises ModelError when that is more than a proto can hold (save it to a file instead), or
+        when a pass left the graph with a cycle or a loose end.
+        """
+        if sum(self.weight_sizes()) > PROTOBUF_LIMIT:
+            raise ModelError("the model is over 2 GiB, too large for one proto: save it to a file")
+        return self._export(inline)
+
+    def _export(self, put: Put, *, infer: bool = False) -> onnx.ModelProto:
+        self._check_connected()
+        placed = place(self.graph)
+        self._complete_envelope(placed)
         proto = onnx.ModelProto()
         proto.CopyFrom(self.envelope)
-        proto.graph.CopyFrom(gs.export_onnx(self.graph).graph)
+        Exporter(put, placed, infer).graph(self.graph, proto.graph)
         return proto
 
+    def _check_connected(self) -> None:
+        nodes = self.nodes()
+        present = {id(node) for node in nodes}
+        for node in nodes:
+            for tensor in node.inputs:
+                if any(id(source) not in present for source in tensor.inputs):
+                    raise ModelError(
+                        f"node {node.name!r} reads {tensor.name!r}, which is produced by a node "
+                        "that is not in the graph: a pass removed or misplaced it"
+                    )
+
+    def _complete_envelope(self, placed: dict[int, list[gs.Constant]]) -> None:
+        """Import the domains that are used; leave IR 3 when there is an initializer it lacks."""
+        imported = {_plain_domain(entry.domain) for entry in self.envelope.opset_import}
+        for node in self.nodes():
+            domain = _plain_domain(node.domain)
+            if domain not in imported:
+                imported.add(domain)
+                version = 1 if domain else self.opset
+                self.envelope.opset_import.add(domain=domain, version=version)
+        known = {id(t) for t in origin_of(self.graph).initializers}
+        if any(id(t) not in known for t in placed[id(self.graph)]):
+            self._raise_ir(4)
+
+    def _raise_ir(self, version: int) -> None:
+        if self.envelope.ir_version < 4 <= version:
+            origin = origin_of(self.graph)
+            weights = {t.name for t in origin.initializers}
+            origin.inputs = [info for info in origin.inputs if info.name not in weights]
+        self.envelope.ir_version = max(self.envelope.ir_version, version)
+
+    def weight_sizes(self) -> list[int]:
+        """Bytes of each constant as it is written to a file."""
+        attributes = (
+            value
+            for node in self.nodes()
+            for value in node.attrs.values()
+            if isinstance(value, gs.Constant)
+        )
+        return [bytes_in(t) for t in chain(*place(self.graph).values(), attributes)]
+
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the model atomically."""
-        onnx.save(self.to_proto(), os.fspath(path))
+        """Write the model so that `path` holds the old file or the new one, never a part.
+
+        Weights go to `path` + ".data" when they are too large for one file, or when they were in
+        a data file before; that one is complete before the model takes its name.
+        Raises ModelError, one line, when the files cannot be written.
+        """
+        target = Path(path)
+        with ExitStack() as files:
+            file = files.enter_context(atomic_write(target))
+            put: Put = inline
+            if self._wants_data_file():
+                beside = target.with_name(f"{target.name}.data")
+                put = DataWriter(files.enter_context(atomic_write(beside)), beside.name)
+            try:
+                file.write(self._export(put).SerializeToString(deterministic=True))
+            except (ValueError, EncodeError) as e:
+                raise ModelError(f"{target}: cannot be written ({e})") from e
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _wants_data_file(self) -> bool:
+        sizes = self.weight_sizes()
+        return sum(sizes) > EXTERNAL_ABOVE or (
+            self.has_data_file and max(sizes, default=0) >= SMALL
+        )
 
     def copy(self) -> Model:
-        """An independent copy."""
-        return Model.from_proto(self.to_proto())
+        """An independent copy; large weights are shared (and read-only from then on)."""
+        weights = Placeholders()
+        proto = self._export(weights)
+        graph = _imported(proto, weights.fetch)
+        model = Model(graph, without(proto, "graph"), has_data_file=self.has_data_file)
+        model._name_nodes()
+        same_types(self.graph, graph)
+        remember(graph)
+        return model
 
     @property
     def opset(self) -> int:
         """The version of the default operator set."""
         return int(self.graph.opset)
 
+    @property
+    def functions(self) -> list[str]:
+        """Names of the model-local functions, as domain::name; kept as they are."""
+        return [f"{f.domain}::{f.name}" for f in self.envelope.functions]
+
     def raise_opset(self, version: int) -> None:
         """Convert to a newer default operator set, in place; older or equal versions do nothing.
 
+        The graph's nodes and tensors are replaced by new ones: look them up again.
         Raises ModelError when the converter cannot do it; the model is then unchanged.
         """
         if version <= self.opset:
             return
-        raise NotImplementedError
+        weights = Placeholders()
+        proto = self._export(weights)
+        before = _imported(proto, weights.fetch)
+        same_types(self.graph, before)
+        proto.ir_version = max(proto.ir_version, 8)
+        proto.ClearField("functions")
+        proto.ClearField("training_info")
+        result = converted(proto, version)
+        graph = _imported(result, weights.fetch)
+        carry(before, graph)
+        for entry in self.envelope.opset_import:
+            if entry.domain in DEFAULT_DOMAIN:
+                entry.version = version
+        own = self.graph
+        own.nodes, own.inputs, own.outputs = graph.nodes, graph.inputs, graph.outputs
+        own.origin = origin_of(graph)
+        for inner in walk(own):
+            inner.opset = version
+        self._raise_ir(
+            max(8, onnx.helper.find_min_ir_version_for(self.envelope.opset_import, True))
+        )
+        self._name_nodes()
+        self._infer(fill)
+        remember(own)
+
+    def infer_shapes(self) -> None:
+        """Bring dtypes and shapes up to date after edits; what cannot be inferred stays."""
+        self._infer(update)
+
+    def _infer(self, merge: Merge) -> None:
+        proto = self._export(Placeholders(), infer=True)
+        proto.ir_version = max(proto.ir_version, 8)
+        known = symbols(self.graph)
+        try:
+            inferred = onnx.shape_inference.infer_shapes(proto, data_prop=True)
+        except Exception:  # whatever C++ throws: what is not known stays unknown
+            return
+        take_types(self.graph, inferred.graph, merge, known)
 
     def graphs(self) -> list[gs.Graph]:
         """The main graph and all bodies of control flow, outermost first."""
-        return [self.graph, *self.graph.subgraphs(recursive=True)]
+        self._walked[:] = walk(self.graph)
+        return list(self._walked)
 
     def nodes(self, *ops: str) -> list[gs.Node]:
         """All nodes of the given operators (none: all), bodies included; safe to edit under."""
-        return [n for g in self.graphs() for n in g.nodes if not ops or n.op in ops]
+        found = []
+        for graph in self.graphs():
+            for node in graph.nodes:
+                node.home = graph
+                if not ops or node.op in ops:
+                    found.append(node)
+        return found
 
     def unique(self, name: str) -> str:
         """Reserve a name that nothing in the model has yet, made from `name`."""
-        candidate, i = name, 0
+        candidate, i = name, self._counts.get(name, 0)
         while candidate in self.names:
             i += 1
             candidate = f"{name}_{i}"
+        self._counts[name] = i
         self.names.add(candidate)
         return candidate
 
@@ -110,7 +325,7 @@ class Model:
         name: str,
         like: gs.Tensor | None = None,
         dtype: Any = None,
-        shape: Sequence[int | str] | None = None,
+        shape: Sequence[int | str | None] | None = None,
         at: gs.Node | None = None,
         domain: str | None = None,
         **attrs: Any,
@@ -125,53 +340,168 @@ class Model:
             dtype=dtype if dtype is not None else like.dtype if like is not None else None,
             shape=shape if shape is not None else like.shape if like is not None else None,
         )
-        node = gs.Node(
-            op, self.unique(f"{name}/{op}"), attrs, inputs=list(inputs), outputs=[out], domain=domain
+        node = Node(
+            op,
+            self.unique(f"{name}/{op}"),
+            attrs,
+            inputs=list(inputs),
+            outputs=[out],
+            domain=domain,
         )
-        self.graph_of(at).nodes.append(node)
+        node.home = self.graph_of(at)
+        node.home.nodes.append(node)
         return out
 
     def graph_of(self, node: gs.Node | None) -> gs.Graph:
-        """The graph (main or body) that holds the node; the main graph for None."""
-        for graph in self.graphs() if node is not None else ():
-            if any(n is node for n in graph.nodes):
-                return graph
-        return self.graph
+        """The graph (main or body) that holds the node; the main graph for None.
+
+        Known from the last walk (`nodes()`, `graphs()`): after moving nodes to another graph, walk.
+        """
+        if node is None:
+            return self.graph
+        if "home" not in node.__dict__:
+            self.nodes()
+        return node.__dict__.get("home", self.graph)
 
     def is_output(self, tensor: gs.Tensor) -> bool:
         """Whether the tensor is an output of the main graph or of a body."""
-        return any(tensor is t for g in self.graphs() for t in g.outputs)
+        return any(tensor is t for g in self._walked or self.graphs() for t in g.outputs)
 
     def is_input(self, tensor: gs.Tensor) -> bool:
         """Whether the tensor is an input of the main graph or of a body."""
-        return any(tensor is t for g in self.graphs() for t in g.inputs)
+        return any(tensor is t for g in self._walked or self.graphs() for t in g.inputs)
 
     def replace(self, old: gs.Tensor, new: gs.Tensor) -> None:
         """Let everything that reads `old` read `new`; names of graph outputs are kept.
 
-        `old`'s producer loses that output. When `old` is a graph output, `new`'s producer produces
-        `old` instead, so `new` must be produced by a node of the same graph and not be an interface.
+        `old`'s producer loses that output (or, having several, gets a new one that nothing reads).
+        When `old` is a graph output, `new`'s producer produces `old` instead.
+        Raises ValueError, before any edit, when `old` is a graph output and `new` cannot take its
+        place: not the result of a node of the same graph, or itself a graph output.
         """
-        if self.is_output(old):
-            (source,) = new.inputs
-            i = next(i for i, t in enumerate(source.outputs) if t is new)
-            old.inputs.clear()
-            for node in list(new.outputs):
-                for j, t in enumerate(node.inputs):
-                    if t is new:
-                        node.inputs[j] = old
-            source.outputs[i] = old
+        if old is new:
             return
-        for node in list(old.outputs):
-            for j, t in enumerate(node.inputs):
-                if t is old:
-                    node.inputs[j] = new
-        old.inputs.clear()
+        if not self.is_output(old):
+            self._detach(old)
+            _redirect(old, new)
+            return
+        source = producer(new)
+        fixed = isinstance(old, gs.Constant) or self.is_input(old)
+        if source is None or fixed or self.is_output(new):
+            raise ValueError(
+                f"{old.name} is a graph output and {new.name} is an input, a constant or an output "
+                "too: neither can have the other's name"
+            )
+        if (maker := producer(old)) is not None and self.graph_of(maker) is not self.graph_of(
+            source
+        ):
+            raise ValueError(f"{old.name} is a graph output, {new.name} is from another graph")
+        self._detach(old)
+        _redirect(new, old)
+        source.outputs[_index(source.outputs, new)] = old
+
+    def _detach(self, tensor: gs.Tensor) -> None:
+        """Take the tensor from its producer; the places of the producer's other outputs stay."""
+        for node in list(tensor.inputs):
+            i = _index(node.outputs, tensor)
+            if len(node.outputs) == 1:
+                del node.outputs[i]
+            else:
+                unread = gs.Variable(
+                    self.unique(f"{tensor.name}_unread"), tensor.dtype, tensor.shape
+                )
+                node.outputs[i] = unread
 
     def sweep(self) -> None:
-        """Remove nodes that nothing uses (pure operators whose outputs have no reader)."""
+        """Remove nodes and initializers that no graph output needs; graph inputs stay.
+
+        Kept: operators without outputs, and operators of foreign domains, which may have effects.
+        """
+        live = self._live()
+        for node in self.nodes():
+            if id(node) not in live:
+                list.clear(node.inputs)
+                list.clear(node.outputs)
         for graph in self.graphs():
-            graph.cleanup(remove_unused_graph_inputs=False)
+            graph.nodes[:] = [node for node in graph.nodes if id(node) in live]
+        for node in self.nodes():
+            for tensor in node.inputs + node.outputs:
+                _keep(tensor.outputs, live)
+                _keep(tensor.inputs, live)
+        for graph in self._walked:
+            for tensor in chain(graph.inputs, graph.outputs, origin_of(graph).initializers):
+                _keep(tensor.outputs, live)
+                _keep(tensor.inputs, live)
+            _drop_unused_initializers(graph)
+            sort(graph)
+
+    def _live(self) -> set[int]:
+        """The ids of nodes that the graph outputs need, those in bodies included."""
+        local = {(f.domain, f.name) for f in self.envelope.functions}
+        live: set[int] = set()
+        todo: list[gs.Node] = [n for t in self.graph.outputs for n in t.inputs]
+        todo += [n for n in self.graph.nodes if _has_effects(n, local)]
+        while todo:
+            node = todo.pop()
+            if id(node) in live:
+                continue
+            live.add(id(node))
+            for tensor in chain(node.inputs, *(body.outputs for body in bodies_of(node))):
+                todo += tensor.inputs
+            for body in bodies_of(node):
+                todo += [n for n in body.nodes if _has_effects(n, local)]
+        return live
+
+
+def _imported(proto: onnx.ModelProto, fetch: Fetch) -> gs.Graph:
+    return Importer(fetch, _opset(proto)).graph(proto.graph, ChainMap())
+
+
+def _opset(proto: onnx.ModelProto) -> int:
+    """The default operator set's version; the newest for the IR version when none is imported."""
+    for entry in proto.opset_import:
+        if entry.domain in DEFAULT_DOMAIN:
+            return int(entry.version)
+    rows = onnx.helper.VERSION_TABLE
+    return max((row[2] for row in rows if row[1] <= proto.ir_version), default=1)
+
+
+def _plain_domain(domain: str | None) -> str:
+    return "" if domain in DEFAULT_DOMAIN else str(domain)
+
+
+def _has_effects(node: gs.Node, functions: set[tuple[str, str]]) -> bool:
+    """Whether the node may do more than compute outputs."""
+    if not node.outputs:  # made without outputs, or detached by a pass?
+        return "origin" in node.__dict__ and not node.origin.output
+    return node.domain not in PURE_DOMAINS and (node.domain, node.op) not in functions
+
+
+def _index(tensors: Sequence[gs.Tensor], tensor: gs.Tensor) -> int:
+    return next(i for i, t in enumerate(tensors) if t is tensor)
+
+
+def _redirect(old: gs.Tensor, new: gs.Tensor) -> None:
+    """Let all readers of `old` read `new`."""
+    for node, i in list(readers(old)):
+        node.inputs[i] = new
+
+
+def _keep(nodes: list[gs.Node], live: set[int]) -> None:
+    """Cut a tensor's links to other nodes; by identity, which gs's own lists do not do."""
+    if any(id(node) not in live for node in nodes):
+        list.__setitem__(nodes, slice(None), [node for node in nodes if id(node) in live])
+
+
+def _drop_unused_initializers(graph: gs.Graph) -> None:
+    origin = origin_of(graph)
+    notes = origin.shell.quantization_annotation
+    noted = {entry.value for note in notes for entry in note.quant_parameter_tensor_names}
+    outputs = {id(t) for t in graph.outputs}
+    origin.initializers = [
+        t for t in origin.initializers if t.outputs or id(t) in outputs or t.name in noted
+    ]
+    origin.idle = {id(t) for t in origin.initializers if t.name in noted}
 
 
 def producer(tensor: gs.Tensor) -> gs.Node | None:
@@ -180,13 +510,34 @@ def producer(tensor: gs.Tensor) -> gs.Node | None:
 
 
 def values_of(tensor: gs.Tensor) -> NDArray[Any] | None:
-    """The tensor's values if it is a constant (initializer or Constant node), else None."""
+    """The tensor's values if it is a constant (initializer or Constant node), else None.
+
+    Values stored in a file are read every time, and read-only: hold them only while you use them.
+    Raises ModelError when the stored data do not fit their shape.
+    """
     if isinstance(tensor, gs.Constant):
-        return np.asarray(tensor.values)
+        return values_in(tensor)
     node = producer(tensor)
-    if node is not None and node.op == "Constant" and "value" in node.attrs:
-        return np.asarray(node.attrs["value"].values)
+    if node is None or node.op != "Constant" or node.domain not in DEFAULT_DOMAIN:
+        return None
+    for key, value in node.attrs.items():
+        if isinstance(value, gs.Constant):
+            return values_in(value)
+        if isinstance(value, np.ndarray):
+            return value
+        if key in _CONSTANT_DTYPES:
+            return np.array(value, _CONSTANT_DTYPES[key])
     return None
+
+
+_CONSTANT_DTYPES: dict[str, Any] = {
+    "value_float": np.float32,
+    "value_floats": np.float32,
+    "value_int": np.int64,
+    "value_ints": np.int64,
+    "value_string": object,
+    "value_strings": object,
+}
 
 
 def readers(tensor: gs.Tensor) -> Iterator[tuple[gs.Node, int]]:

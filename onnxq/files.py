@@ -1,0 +1,270 @@
+"""Files: reading a model's protobuf, data files beside a model, and atomic writing."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import secrets
+import stat
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import BinaryIO
+
+import numpy as np
+import onnx
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from numpy.typing import NDArray
+
+from onnxq.errors import ModelError
+
+PROTOBUF_LIMIT = 2**31 - 1
+"""Bytes that fit one protobuf message."""
+
+CHUNK = 1 << 24
+"""Bytes copied at a time from one data file to another."""
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Write a file so that `path` holds its old content, or all of the new one, never a part.
+
+    The bytes go into a temporary file in the same folder, which takes the name `path` (and the
+    permissions of the file that had it) when the block ends; if the block raises, nothing is left
+    behind. A symbolic link at `path` is replaced, what it points to stays.
+
+    Raises ModelError, one line, when the file cannot be written.
+    """
+    target = Path(path)
+    temporary = target.parent / f".onnxq-{secrets.token_hex(8)}.tmp"
+    try:
+        mode = _mode_of(target)
+        with _create(temporary) as file:
+            yield file
+            file.flush()
+            if mode is not None:
+                os.chmod(file.fileno(), mode)
+            os.fsync(file.fileno())
+            if not temporary.exists():
+                _give_name(file.fileno(), temporary)
+        os.replace(temporary, target)
+        _sync_folder(target.parent)
+    except OSError as e:
+        reason = e.strerror or str(e)
+        raise ModelError(f"{target}: cannot be written ({reason}); choose another output") from e
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def _mode_of(target: Path) -> int | None:
+    """Permissions of the file to be replaced; None when there is none. Raises OSError."""
+    if not target.exists():
+        return None
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if not target.is_file():  # /dev/null would be replaced by a plain file
+        raise OSError(errno.EINVAL, "not a regular file")
+    if not os.access(target, os.W_OK):  # a rename would not ask
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    return stat.S_IMODE(target.stat().st_mode)
+
+
+def _create(temporary: Path) -> BinaryIO:
+    """A new file to write; where the system can, without a name: none is left if we are killed."""
+    unnamed = getattr(os, "O_TMPFILE", None)
+    if unnamed is not None and Path("/proc/self/fd").is_dir():
+        with suppress(OSError):
+            return os.fdopen(os.open(temporary.parent, unnamed | os.O_RDWR, 0o666), "wb")
+    flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | getattr(os, "O_BINARY", 0)
+    return os.fdopen(os.open(temporary, flags, 0o666), "wb")
+
+
+def _give_name(descriptor: int, name: Path) -> None:
+    folder = os.open(name.parent, os.O_RDONLY)
+    try:
+        # Python follows the link in /proc only if a folder is given, though the path is absolute
+        os.link(f"/proc/self/fd/{descriptor}", name.name, src_dir_fd=folder, dst_dir_fd=folder)
+    finally:
+        os.close(folder)
+
+
+def _sync_folder(folder: Path) -> None:
+    with suppress(OSError):  # not every system lets a folder be opened
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def read_model(path: Path) -> onnx.ModelProto:
+    """Parse a model file; external data is not read.
+
+    Raises ModelError, one line that says what to do, for anything that is not a model.
+    """
+    proto = onnx.ModelProto()
+    try:
+        size = path.stat().st_size
+        if path.is_dir():
+            raise ModelError(f"{path}: is a folder; name the .onnx file in it")
+        if size > PROTOBUF_LIMIT:
+            raise ModelError(f"{path}: over 2 GiB in one file; save it with external data")
+        if size == 0:
+            raise ModelError(f"{path}: the file is empty; download or export it again")
+        proto.ParseFromString(path.read_bytes())
+    except (OSError, ValueError) as e:  # ValueError: a NUL in the path
+        reason = getattr(e, "strerror", None) or str(e)
+        raise ModelError(f"{path}: cannot be read ({reason}); check the path") from e
+    except DecodeError as e:
+        raise ModelError(
+            f"{path}: not an ONNX model, or cut short; download or export it again"
+        ) from e
+    check_model(proto, str(path))
+    return proto
+
+
+def check_model(proto: onnx.ModelProto, where: str) -> None:
+    """Refuse what is no model: no graph, no operator set, from the future.
+
+    Raises ModelError, with `where` in front.
+    """
+    if not proto.HasField("graph") or not proto.opset_import:
+        missing = "opset_import" if proto.HasField("graph") else "graph"
+        raise ModelError(f"{where}: not an ONNX model (no {missing}); export it again")
+    if proto.ir_version > onnx.IR_VERSION:
+        raise ModelError(
+            f"{where}: IR version {proto.ir_version} is newer than onnx {onnx.__version__} knows "
+            f"({onnx.IR_VERSION}); install a newer onnx"
+        )
+
+
+class DataFile:
+    """A file with the bytes of weights.
+
+    A kept file stays open, so that it can still be read after a save has put another one in its
+    place. Not all can be kept: some exporters write one file a tensor, systems limit open files.
+    """
+
+    def __init__(self, path: Path, *, keep: bool) -> None:
+        self.path = path
+        descriptor = os.open(path, _READ)
+        self.size = os.fstat(descriptor).st_size
+        self._identity = _identity(descriptor)
+        self._descriptor: int | None = None
+        if keep:
+            self._descriptor = descriptor
+            weakref.finalize(self, os.close, descriptor)
+        else:
+            os.close(descriptor)
+
+    @contextmanager
+    def _open(self) -> Iterator[int]:
+        if self._descriptor is not None:
+            yield self._descriptor
+            return
+        try:
+            descriptor = os.open(self.path, _READ)
+        except OSError as e:
+            raise ModelError(f"{self.path}: cannot be read any more ({e.strerror})") from e
+        try:
+            if _identity(descriptor) != self._identity:
+                raise ModelError(f"{self.path}: was changed after the model was loaded; load again")
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+    def map(self, offset: int, size: int) -> NDArray[np.uint8]:
+        """A read-only view of bytes; the pages are given back when it is garbage."""
+        if size == 0:
+            return np.empty(0, np.uint8)
+        start = offset - offset % mmap.ALLOCATIONGRANULARITY
+        with self._open() as descriptor:
+            pages = mmap.mmap(
+                descriptor, offset + size - start, access=mmap.ACCESS_READ, offset=start
+            )
+        return np.frombuffer(pages, np.uint8, size, offset - start)
+
+    def chunks(self, offset: int, size: int) -> Iterator[bytes]:
+        """The bytes in pieces, so that copying a tensor of gigabytes takes megabytes."""
+        with self._open() as descriptor, os.fdopen(os.dup(descriptor), "rb", buffering=0) as file:
+            file.seek(offset)
+            while size:
+                piece = file.read(min(size, CHUNK))
+                if not piece:
+                    raise ModelError(f"{self.path}: became shorter while it was read")
+                yield piece
+                size -= len(piece)
+
+
+_READ = os.O_RDONLY | getattr(os, "O_BINARY", 0)
+
+
+def _identity(descriptor: int) -> tuple[int, ...]:
+    status = os.fstat(descriptor)
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+class DataFolder:
+    """The folder of a model, as far as its external data may reach."""
+
+    KEEP = 32
+    """Data files held open; the rest are opened when they are read."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._files: dict[str, DataFile] = {}
+
+    def locate(self, tensor: onnx.TensorProto, size: int) -> tuple[DataFile, int]:
+        """The file and offset of a tensor that needs `size` bytes.
+
+        Raises ModelError when the place lies outside of the folder, is missing or too short.
+        """
+        entries = {entry.key: entry.value for entry in tensor.external_data}
+        what = f"tensor {tensor.name!r}"
+        try:
+            offset = int(entries.get("offset", 0))
+            length = int(entries.get("length", size))
+        except ValueError as e:
+            raise ModelError(f"{what}: offset or length of its data is not a number") from e
+        location = entries.get("location", "")
+        file = self._open(location, what)
+        if offset < 0 or length < size or offset + max(length, size) > file.size:
+            raise ModelError(
+                f"{what}: needs {size} bytes at {offset} of {location!r}, declared {length}, the "
+                f"file has {file.size}; download or export the data file again"
+            )
+        return file, offset
+
+    def _open(self, location: str, what: str) -> DataFile:
+        if location in self._files:
+            return self._files[location]
+        path = self.folder / _inside(location, what)
+        try:
+            if not path.resolve().is_relative_to(self.folder.resolve()):
+                raise ModelError(
+                    f"{what}: data file {location!r} is a link that leaves the model's folder; "
+                    "copy the real file there"
+                )
+            if not path.is_file():
+                raise ModelError(f"{what}: data file {location!r} is missing beside the model")
+            file = DataFile(path, keep=len(self._files) < self.KEEP)
+        except (OSError, RuntimeError) as e:  # RuntimeError: links in a circle
+            reason = getattr(e, "strerror", None) or str(e)
+            raise ModelError(f"{what}: data file {location!r} cannot be read ({reason})") from e
+        self._files[location] = file
+        return file
+
+
+def _inside(location: str, what: str) -> PurePosixPath:
+    """The location as a path that cannot leave its folder, on any system."""
+    path, windows = PurePosixPath(location), PureWindowsPath(location)
+    bad = not location or "\0" in location or ".." in path.parts or ".." in windows.parts
+    if bad or path.is_absolute() or windows.anchor:
+        raise ModelError(
+            f"{what}: data location {location!r} is not inside the model's folder; "
+            "put the data file beside the model"
+        )
+    return path

@@ -1,0 +1,452 @@
+"""Between onnx protos and graphsurgeon graphs, without loss.
+
+graphsurgeon's own importer and exporter drop much (documentation, metadata, types that are not
+tensors, some attributes) and cannot carry some models at all. Here what graphsurgeon has no place
+for stays in the protos it came from: `Origin` on graphs, `origin` on nodes.
+"""
+
+from __future__ import annotations
+
+from collections import ChainMap
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from onnx import AttributeProto
+
+from onnxq.errors import ModelError
+from onnxq.weights import (
+    Fetch,
+    Put,
+    StoredSparse,
+    Weight,
+    data_type_of,
+    dtype_of,
+    inline,
+    without,
+)
+
+DEFAULT_DOMAIN = (None, "", "ai.onnx")
+
+
+class Node(gs.Node):  # type: ignore[misc]
+    """A gs.Node that equals only itself and can be in sets.
+
+    gs.Node compares names, attributes and tensors; gs's lists remove the first node that is equal.
+    """
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def __hash__(self) -> int:
+        return id(self)
+
+
+@dataclass(slots=True)
+class Origin:
+    """What a graph was imported from, as far as a gs.Graph has no place for it."""
+
+    shell: onnx.GraphProto = field(default_factory=onnx.GraphProto)
+    inputs: list[onnx.ValueInfoProto] = field(default_factory=list)
+    outputs: list[onnx.ValueInfoProto] = field(default_factory=list)
+    value_infos: list[onnx.ValueInfoProto] = field(default_factory=list)
+    initializers: list[gs.Constant] = field(default_factory=list)
+    idle: set[int] = field(default_factory=set)
+    """ids of initializers that nothing read: kept until a sweep"""
+    loose: set[str] = field(default_factory=set)
+    """names that were documented but named nothing: kept"""
+
+
+def origin_of(graph: gs.Graph) -> Origin:
+    """The graph's origin; an empty one for a graph that a pass made."""
+    origin = graph.__dict__.setdefault("origin", Origin())
+    assert isinstance(origin, Origin)
+    return origin
+
+
+def bodies_of(node: gs.Node) -> Iterator[gs.Graph]:
+    """The bodies in the node's attributes (gs overlooks lists of graphs)."""
+    for value in node.attrs.values():
+        if isinstance(value, gs.Graph):
+            yield value
+        elif isinstance(value, list) and value and isinstance(value[0], gs.Graph):
+            yield from value
+
+
+def walk(graph: gs.Graph) -> Iterator[gs.Graph]:
+    """The graph and all bodies in it, outermost first."""
+    yield graph
+    for node in graph.nodes:
+        for body in bodies_of(node):
+            yield from walk(body)
+
+
+def captured(node: gs.Node) -> Iterator[gs.Tensor]:
+    """The tensors that the bodies of a node read or hand out, from wherever they come."""
+    for body in bodies_of(node):
+        for graph in walk(body):
+            for inner in graph.nodes:
+                yield from inner.inputs
+            yield from graph.outputs
+
+
+def local_tensors(graph: gs.Graph) -> dict[str, gs.Tensor]:
+    """Tensors of this very graph by name: inputs, outputs, initializers, results of its nodes."""
+    results = (t for node in graph.nodes for t in node.outputs if t.name)
+    every = chain(results, origin_of(graph).initializers, graph.outputs, graph.inputs)
+    return {t.name: t for t in every}
+
+
+def type_of(info: onnx.TypeProto) -> tuple[np.dtype[Any] | None, list[int | str | None] | None]:
+    """The dtype and shape of a tensor type; None for what is unknown or no tensor."""
+    tensor = info.tensor_type
+    if not info.HasField("tensor_type") or not tensor.HasField("shape"):
+        return dtype_of(tensor.elem_type), None
+    shape = [
+        d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in tensor.shape.dim
+    ]
+    return dtype_of(tensor.elem_type), shape
+
+
+def state_of(tensor: gs.Tensor) -> tuple[Any, tuple[Any, ...] | None]:
+    """The dtype and shape as a value, to see later whether a pass has changed them."""
+    return tensor.dtype, None if tensor.shape is None else tuple(tensor.shape)
+
+
+def remember(graph: gs.Graph) -> None:
+    """Note dtype and shape of all tensors; documented types are kept where these do not change."""
+    for inner in walk(graph):
+        for tensor in local_tensors(inner).values():
+            tensor.seen = state_of(tensor)
+
+
+def is_unchanged(tensor: gs.Tensor) -> bool:
+    """Whether dtype and shape are those that were remembered."""
+    return bool(tensor.__dict__.get("seen") == state_of(tensor))
+
+
+@dataclass(frozen=True, slots=True)
+class Importer:
+    """Makes gs graphs of protos; `fetch` says what holds the values of a TensorProto."""
+
+    fetch: Fetch
+    opset: int
+
+    def graph(self, proto: onnx.GraphProto, outer: ChainMap[str, gs.Tensor]) -> gs.Graph:
+        """The graph; names not defined in it are those of the scope outside."""
+        scope = outer.new_child()
+        local = scope.maps[0]
+        initializers = [Weight(t.name, self.fetch(t)) for t in proto.initializer]
+        initializers += [Weight(t.values.name, StoredSparse(t)) for t in proto.sparse_initializer]
+        local.update({t.name: t for t in initializers})
+        # results are declared before any body is read: it may capture one that comes later
+        results = (name for node in proto.node for name in node.output if name)
+        for name in chain((i.name for i in (*proto.input, *proto.output)), results):
+            if name not in local:
+                local[name] = gs.Variable(name)
+        for info in (*proto.value_info, *proto.output, *proto.input):
+            _describe(local.get(info.name), info.type)
+        constants = {t.name for t in initializers}
+        nodes = [self._node(node, scope) for node in proto.node]
+        graph = gs.Graph(
+            nodes=nodes,
+            inputs=[local[i.name] for i in proto.input if i.name not in constants],
+            outputs=[local[o.name] for o in proto.output],
+            name=proto.name,
+            doc_string=proto.doc_string,
+            opset=self.opset,
+        )
+        documented = (i.name for i in proto.value_info)
+        annotated = (a.tensor_name for a in proto.quantization_annotation)
+        graph.origin = Origin(
+            shell=without(proto, *_CARRIED),
+            inputs=list(proto.input),
+            outputs=list(proto.output),
+            value_infos=list(proto.value_info),
+            initializers=initializers,
+            idle={id(t) for t in initializers if not t.outputs},
+            loose={name for name in chain(documented, annotated) if name not in local},
+        )
+        return graph
+
+    def _node(self, proto: onnx.NodeProto, scope: ChainMap[str, gs.Tensor]) -> Node:
+        def tensor(name: str) -> gs.Tensor:
+            if not name:
+                return gs.Variable.empty()
+            if name not in scope:
+                scope[name] = gs.Variable(name)
+            return scope[name]
+
+        node = Node(
+            proto.op_type,
+            proto.name,
+            {a.name: self._attribute(a, scope) for a in proto.attribute},
+            [tensor(name) for name in proto.input],
+            [scope.maps[0][name] if name else gs.Variable.empty() for name in proto.output],
+            None if proto.domain in DEFAULT_DOMAIN else proto.domain,
+        )
+        node.origin = proto
+        return node
+
+    def _attribute(self, attribute: AttributeProto, scope: ChainMap[str, gs.Tensor]) -> Any:
+        """The value as gs has it; what gs cannot hold stays an AttributeProto."""
+        if attribute.ref_attr_name:
+            return attribute
+        match attribute.type:
+            case AttributeProto.FLOAT:
+                return attribute.f
+            case AttributeProto.INT:
+                return attribute.i
+            case AttributeProto.STRING:
+                return _text(attribute.s)
+            case AttributeProto.FLOATS:
+                return list(attribute.floats)
+            case AttributeProto.INTS:
+                return list(attribute.ints)
+            case AttributeProto.STRINGS:
+                return [_text(s) for s in attribute.strings]
+            case AttributeProto.TENSOR:
+                return Weight(attribute.t.name, self.fetch(attribute.t))
+            case AttributeProto.GRAPH:
+                return self.graph(attribute.g, scope)
+            case AttributeProto.GRAPHS:
+                return [self.graph(g, scope) for g in attribute.graphs]
+        inner = (*attribute.tensors, attribute.sparse_tensor.values)
+        if any(t.data_location == onnx.TensorProto.EXTERNAL for t in inner):
+            raise ModelError(f"attribute {attribute.name!r}: its data file is not supported")
+        return attribute
+
+
+_CARRIED = ("node", "initializer", "sparse_initializer", "input", "output", "value_info")
+
+
+def _text(data: bytes) -> str | bytes:
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return data
+
+
+def _describe(tensor: gs.Tensor | None, info: onnx.TypeProto) -> None:
+    if not isinstance(tensor, gs.Variable) or info.WhichOneof("value") is None:
+        return
+    tensor.type = info.WhichOneof("value")
+    dtype, shape = type_of(info)
+    tensor.dtype = dtype if dtype is not None else tensor.dtype
+    tensor.shape = shape if shape is not None else tensor.shape
+
+
+@dataclass(frozen=True, slots=True)
+class Exporter:
+    """Makes protos of gs graphs; `put` says how a constant is written.
+
+    `placed` tells which constants each graph holds. With `infer`, types are written only where
+    shape inference cannot find them: results of operators outside of the standard.
+    """
+
+    put: Put
+    placed: dict[int, list[gs.Constant]]
+    infer: bool = False
+
+    def graph(self, graph: gs.Graph, out: onnx.GraphProto) -> None:
+        """Write the graph, its nodes sorted if they were not; raises ModelError for a cycle."""
+        sort(graph)
+        origin, constants = origin_of(graph), self.placed[id(graph)]
+        out.MergeFrom(without(origin.shell, "quantization_annotation"))
+        if out.name != graph.name:
+            out.name = graph.name
+        for node in graph.nodes:
+            self._node(node, out.node.add())
+        for constant in constants:
+            if isinstance(constant._values, StoredSparse):
+                sparse = out.sparse_initializer.add()
+                sparse.CopyFrom(constant._values.tensor)
+                sparse.values.name = constant.name
+            else:
+                out.initializer.add().CopyFrom(self.put(constant))
+        out.input.extend(_inputs(graph, constants))
+        known = {info.name: info for info in origin.outputs}
+        out.output.extend(interface(t, known.get(t.name)) for t in graph.outputs)
+        for info in out.output if self.infer else ():
+            info.ClearField("type")  # after an edit it may be what was true before
+        local = local_tensors(graph)
+        out.value_info.extend(_custom(graph) if self.infer else _documented(origin, local))
+        out.quantization_annotation.extend(
+            note
+            for note in origin.shell.quantization_annotation
+            if note.tensor_name in local or note.tensor_name in origin.loose
+        )
+
+    def _node(self, node: gs.Node, out: onnx.NodeProto) -> None:
+        origin = node.__dict__.get("origin", onnx.NodeProto())
+        out.input.extend(t.name for t in node.inputs)
+        out.output.extend(t.name for t in node.outputs)
+        out.op_type = node.op
+        if node.name:
+            out.name = node.name
+        if node.domain not in DEFAULT_DOMAIN:
+            out.domain = node.domain
+        elif origin.HasField("domain") and origin.domain in DEFAULT_DOMAIN:
+            out.domain = origin.domain
+        extras = "input", "output", "op_type", "name", "domain", "attribute"
+        out.MergeFrom(without(origin, *extras))
+        likes = {a.name: a for a in origin.attribute}
+        for name, value in node.attrs.items():
+            self._attribute(name, value, likes.get(name), out.attribute.add())
+
+    def _attribute(
+        self, name: str, value: Any, like: AttributeProto | None, out: AttributeProto
+    ) -> None:
+        out.name = name
+        if isinstance(value, AttributeProto):
+            out.CopyFrom(value)
+            out.name = name
+            return
+        if isinstance(value, gs.Constant):
+            out.type = AttributeProto.TENSOR
+            out.t.CopyFrom(self.put(value))
+        elif isinstance(value, np.ndarray):
+            out.type = AttributeProto.TENSOR
+            out.t.CopyFrom(inline(gs.Constant("", value)))
+        elif isinstance(value, gs.Graph):
+            out.type = AttributeProto.GRAPH
+            self.graph(value, out.g)
+        elif isinstance(value, list) and value and isinstance(value[0], gs.Graph):
+            out.type = AttributeProto.GRAPHS
+            for body in value:
+                self.graph(body, out.graphs.add())
+        else:
+            _plain(name, value, like, out)
+        if like is not None and like.HasField("doc_string"):
+            out.doc_string = like.doc_string
+
+
+def _plain(name: str, value: Any, like: AttributeProto | None, out: AttributeProto) -> None:
+    """Numbers, texts and lists of them; `like` tells the type of an empty list."""
+    if isinstance(value, (np.dtype, type)):
+        value = data_type_of(value)
+    kind = like.type if like is not None else AttributeProto.UNDEFINED
+    value = [*value] if isinstance(value, (list, tuple)) else value
+    if kind == AttributeProto.FLOAT and not isinstance(value, (str, bytes, list)):
+        value = float(value)
+    if kind == AttributeProto.FLOATS and isinstance(value, list):
+        value = [float(v) for v in value]
+    if not isinstance(value, list) or value:
+        out.CopyFrom(onnx.helper.make_attribute(name, value))
+    else:
+        out.type = kind or AttributeProto.INTS
+
+
+def interface(tensor: gs.Tensor, info: onnx.ValueInfoProto | None) -> onnx.ValueInfoProto:
+    """The input or output as it was documented; with a new type if a pass has changed that."""
+    out = onnx.ValueInfoProto()
+    if info is not None:
+        out.CopyFrom(info)
+        if is_unchanged(tensor):
+            return out
+        out.ClearField("type")
+    out.name = tensor.name
+    if tensor.dtype is not None:
+        kind = data_type_of(tensor.dtype)
+        out.type.CopyFrom(onnx.helper.make_tensor_type_proto(kind, tensor.shape))
+    return out
+
+
+def _inputs(graph: gs.Graph, constants: list[gs.Constant]) -> list[onnx.ValueInfoProto]:
+    """Inputs in their order, initializers among them where they were listed."""
+    listed = {info.name: info for info in origin_of(graph).inputs}
+    infos = {t.name: interface(t, listed.get(t.name)) for t in graph.inputs}
+    weights = {t.name: listed[t.name] for t in constants if t.name in listed}
+    if [name for name in listed if name in infos] == list(infos):
+        every = infos | weights
+        return [every[name] for name in listed if name in every]
+    return [*infos.values(), *weights.values()]
+
+
+def _documented(origin: Origin, local: dict[str, gs.Tensor]) -> Iterator[onnx.ValueInfoProto]:
+    """The value infos that are still true."""
+    for info in origin.value_infos:
+        tensor = local.get(info.name)
+        if info.name in origin.loose or (tensor is not None and is_unchanged(tensor)):
+            yield info
+
+
+def _custom(graph: gs.Graph) -> Iterator[onnx.ValueInfoProto]:
+    for node in graph.nodes:
+        if node.domain not in DEFAULT_DOMAIN:
+            yield from (interface(t, None) for t in node.outputs if t.name and t.dtype is not None)
+
+
+def place(main: gs.Graph) -> dict[int, list[gs.Constant]]:
+    """Which graph (by id) holds which constants, in order.
+
+    Imported ones stay where they were while all their readers can see them there; new ones are
+    held by the one graph that reads them, or by the main graph.
+    """
+    paths: dict[int, tuple[int, ...]] = {}
+    readers: dict[int, list[int]] = {}
+    constants: dict[int, gs.Constant] = {}
+
+    def visit(graph: gs.Graph, path: tuple[int, ...]) -> None:
+        paths[id(graph)] = (*path, id(graph))
+        for tensor in chain((t for node in graph.nodes for t in node.inputs), graph.outputs):
+            if isinstance(tensor, gs.Constant):
+                constants[id(tensor)] = tensor
+                readers.setdefault(id(tensor), []).append(id(graph))
+        for node in graph.nodes:
+            for body in bodies_of(node):
+                visit(body, paths[id(graph)])
+
+    visit(main, ())
+    placed: dict[int, list[gs.Constant]] = {key: [] for key in paths}
+    for graph in walk(main):
+        origin = origin_of(graph)
+        for constant in origin.initializers:
+            places = readers.get(id(constant), [])
+            if all(id(graph) in paths[p] for p in places) and (
+                places or id(constant) in origin.idle
+            ):
+                placed[id(graph)].append(constant)
+                constants.pop(id(constant), None)
+    for key, constant in constants.items():
+        places = readers[key]
+        home = places[0] if len(set(places)) == 1 else id(main)
+        placed[home].append(constant)
+    return placed
+
+
+def sort(graph: gs.Graph) -> None:
+    """Put the nodes in topological order, if they are not; those that may stay, stay.
+
+    Raises ModelError for a cycle.
+    """
+    home = {id(node): i for i, node in enumerate(graph.nodes)}
+
+    def needs(node: gs.Node) -> Iterable[int]:
+        for tensor in chain(node.inputs, captured(node)):
+            for source in tensor.inputs:
+                if id(source) in home:
+                    yield home[id(source)]
+
+    needed = [set(needs(node)) for node in graph.nodes]
+    if all(j < i for i, before in enumerate(needed) for j in before):
+        return
+    order: dict[int, None] = {}
+    open_nodes: set[int] = set()
+    stack = list(reversed(range(len(needed))))
+    while stack:
+        i = stack[-1]
+        missing = sorted((j for j in needed[i] if j not in order), reverse=True)
+        if i in order or not missing:
+            order.setdefault(stack.pop())
+            open_nodes.discard(i)
+        else:
+            if open_nodes.intersection(missing) or i in missing:
+                raise ModelError(f"the graph has a cycle through node {graph.nodes[i].name!r}")
+            open_nodes.add(i)
+            stack += missing
+    graph.nodes[:] = [graph.nodes[i] for i in order]
