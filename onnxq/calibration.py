@@ -1,22 +1,25 @@
 """Run a model over sample inputs and observe its tensors: streaming, at about the cost of the runs.
 
-Activations are not copied out. What is fetched of a tensor is made in the graph: its least and
-greatest value (exact, over all values), and for histograms every s-th value of the flattened tensor,
-s the least prime that leaves at most `SAMPLE` values and does not divide the tensor's size. A prime
-stride falls into step with no width, height or channel count; and it starts at another offset for
-each sample (a Weyl sequence over the sample's number), so that over the samples all positions are seen.
-Tensors of at most `SAMPLE` values are fetched whole.
+Small tensors (up to `WHOLE` values) are fetched and reduced by numpy: fetching is cheaper than an
+operator. Of a large one only what the graph makes of it is fetched: its extremes (exact, over all
+values; rows by ReduceMin/ReduceMax, which run on all cores, the rest by numpy) and, for histograms,
+every s-th value of the flattened tensor. s is the least prime that leaves at most `SAMPLE` values
+and does not divide the tensor's size: so it falls into step with no width, height or channel count.
+It starts at another offset for each sample (a Weyl sequence over the sample's number), so that all
+positions are seen over the samples, wherever a sample is run.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import zipfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -26,48 +29,20 @@ from onnx import TensorProto, helper, numpy_helper
 
 from onnxq import runtime
 from onnxq.errors import DataError, ModelError
+from onnxq.files import atomic_write
 from onnxq.model import Model
+from onnxq.weights import data_type_of
 from onnxq.numerics import histograms
-from onnxq.statistics import Histogram, MinMax, Statistic, extremes
+from onnxq.statistics import Histogram, MinMax, Statistic
 
 Feed = Mapping[str, NDArray[Any]]
 
-SAMPLE = 4096  # values of a tensor that one sample adds to its histogram
+SAMPLE = 2048  # values of a tensor that one sample adds to its histogram
+WHOLE = 1 << 17  # values up to which a tensor is fetched (measured: bench_calibration.py)
 CHUNK = 8  # samples in one work item of an executor
-FLUSH = 1 << 16  # values buffered before they are counted
+BUFFER = 1 << 16  # values kept before they are counted
+ROWS = 32  # rows that a reduction in the graph leaves, about
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
-
-
-@dataclass(frozen=True, slots=True)
-class Probe:
-    """How one tensor is observed: the names of what is fetched for it.
-
-    `whole`: the tensor itself (an input of the graph, or a small tensor); else `lo`, `hi` and, for
-    histograms, `sample`.
-    """
-
-    tensor: str
-    histogram: bool
-    is_input: bool = False
-    whole: str = ""
-    lo: str = ""
-    hi: str = ""
-    sample: str = ""
-
-    @property
-    def fetched(self) -> list[str]:
-        """The outputs to fetch."""
-        return [n for n in (self.whole, self.lo, self.hi, self.sample) if n and not self.is_input]
-
-
-@dataclass(frozen=True, slots=True)
-class Instrumented:
-    """A model whose outputs are observations: picklable, all that a worker needs."""
-
-    model: bytes
-    probes: tuple[Probe, ...]
-    inputs: tuple[str, ...]
-    phase: str = ""  # the extra input that shifts the strided samples; empty: there are none
 
 
 def calibrate(
@@ -86,159 +61,209 @@ def calibrate(
     the samples are divided. progress is called with the number of samples that are done.
 
     Raises DataError for samples that do not fit, hold NaN or infinities, or when there are none;
-    ModelError for a tensor that is not in the main graph or is not float.
+    ModelError for a tensor that is not made in the main graph or is not float.
     """
-    plan = instrument(model, wanted)
-    if executor is None:
-        watch = Watch(plan)
-        run = _session(plan)
-        done = 0
-        for index, feed in enumerate(data):
-            watch.see(run, index, feed)
-            done = index + 1
+    samples = iter(data)
+    first = next(samples, None)
+    if first is None:
+        raise DataError("there are no samples to calibrate on")
+    samples = chain([first], samples)
+    proto, plan = instrument(model, wanted, first)
+    done = 0
+    if executor is not None:
+        result: dict[str, Statistic] = {}
+        for part, size in _sharded(proto.SerializeToString(), plan, samples, executor):
+            result = {t: result[t].merge(s) if result else s for t, s in part.items()}
+            done += size
             if progress is not None:
                 progress(done)
-        result = watch.statistics()
-    else:
-        result, done = _sharded(plan, data, executor, progress)
-    if not done:
-        raise DataError("there are no samples to calibrate on")
-    return {tensor: result[tensor] for tensor in wanted}
+        return result
+    watch = Watch(plan, runtime.session(proto), lambda: instrument(model, wanted, first)[0])
+    del proto  # the session has its own copy of the weights
+    for index, feed in enumerate(samples):
+        watch.see(index, feed)
+        done += 1
+        if progress is not None:
+            progress(done)
+    return watch.statistics()
 
 
 def _sharded(
-    plan: Instrumented,
-    data: Iterable[Feed],
-    executor: Executor,
-    progress: Callable[[int], None] | None,
-) -> tuple[dict[str, Statistic], int]:
-    """The statistics by an executor, and the number of samples."""
+    proto: bytes, plan: Plan, samples: Iterator[Feed], executor: Executor
+) -> Iterator[tuple[dict[str, Statistic], int]]:
+    """Yield the results of the chunks, in order; twice as many in flight as there are cores."""
     in_flight: deque[Any] = deque()
-    result: dict[str, Statistic] = {}
-    done = 0
-
-    def collect() -> None:
-        nonlocal result, done
-        part, size = in_flight.popleft().result()
-        result = {t: result[t].merge(s) if result else s for t, s in part.items()}
-        done += size
-        if progress is not None:
-            progress(done)
-
+    start = 0
     try:
-        for start, feeds in _chunks(data):
-            in_flight.append(executor.submit(observe_chunk, plan, start, feeds))
+        while chunk := [dict(feed) for feed in islice(samples, CHUNK)]:
+            in_flight.append(executor.submit(observe_chunk, proto, plan, start, chunk))
+            start += len(chunk)
             if len(in_flight) >= 2 * (os.cpu_count() or 1):
-                collect()
+                yield in_flight.popleft().result()
         while in_flight:
-            collect()
+            yield in_flight.popleft().result()
     finally:
         for future in in_flight:
             future.cancel()
-        _worker_session.cache_clear()
-    return result, done
-
-
-def _chunks(data: Iterable[Feed]) -> Iterator[tuple[int, list[dict[str, NDArray[Any]]]]]:
-    feeds, start = iter(data), 0
-    while chunk := [dict(feed) for feed in islice(feeds, CHUNK)]:
-        yield start, chunk
-        start += len(chunk)
+        _worker_session.cache_clear()  # of this process: a thread pool's
 
 
 def observe_chunk(
-    plan: Instrumented, start: int, feeds: list[dict[str, NDArray[Any]]]
+    proto: bytes, plan: Plan, start: int, feeds: list[dict[str, NDArray[Any]]]
 ) -> tuple[dict[str, Statistic], int]:
-    """A worker's share: the statistics over samples start, start + 1, ..., and their number."""
-    run = _worker_session(plan)
-    watch = Watch(plan)
+    """Do a worker's share: statistics over samples start, start + 1, ..., and their number."""
+    watch = Watch(plan, _worker_session(proto), lambda: onnx.load_from_string(proto))
     for i, feed in enumerate(feeds):
-        watch.see(run, start + i, feed)
+        watch.see(start + i, feed)
     return watch.statistics(), len(feeds)
 
 
 @lru_cache(maxsize=1)
-def _worker_session(plan: Instrumented) -> Any:
-    """Chunks of one calibration share a session in each worker."""
-    return _session(plan, threads=1)
+def _worker_session(proto: bytes) -> Any:
+    """Make a session; the chunks of one calibration share it in each worker."""
+    return runtime.session(onnx.load_from_string(proto), threads=1)
 
 
-def _session(plan: Instrumented, threads: int | None = None) -> Any:
-    return runtime.session(onnx.load_from_string(plan.model), threads=threads)
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """How one tensor is observed: `source` whole (`is_input`: in the feed), or what is made."""
+
+    tensor: str
+    histogram: bool
+    source: str
+    is_input: bool = False
+    lo: str = ""
+    hi: str = ""
+    sample: str = ""
+
+    @property
+    def fetched(self) -> list[str]:
+        """The outputs to fetch."""
+        if self.is_input:
+            return []
+        return [name for name in (self.lo, self.hi, self.sample) if name] or [self.source]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to feed and fetch; phase: the extra input that shifts the strided samples, if any."""
+
+    probes: tuple[Probe, ...]
+    inputs: tuple[str, ...]
+    phase: str
 
 
 @dataclass(slots=True)
 class Watch:
-    """Statistics under construction."""
+    """Statistics under construction. `rebuild` gives the model again, if it is needed whole."""
 
-    plan: Instrumented
-    ranges: dict[str, MinMax] = field(default_factory=dict)
-    pending: dict[str, list[NDArray[np.uint16]]] = field(default_factory=dict)
-    counted: dict[str, tuple[NDArray[np.uint16], NDArray[np.uint64]]] = field(default_factory=dict)
+    plan: Plan
+    session: Any
+    rebuild: Callable[[], onnx.ModelProto]
+    names: list[str] = field(init=False)
+    tallies: list[Tally] = field(init=False)
+    second: Any = None
 
     def __post_init__(self) -> None:
-        self.ranges = {p.tensor: MinMax() for p in self.plan.probes}
-        self.pending = {p.tensor: [] for p in self.plan.probes if p.histogram}
-        self.counted = {tensor: histograms.count(np.empty(0, np.uint16)) for tensor in self.pending}
+        self.names = [name for probe in self.plan.probes for name in probe.fetched]
+        self.tallies = [Tally() for _ in self.plan.probes]
 
-    def see(self, session: Any, index: int, feed: Feed) -> None:
+    def see(self, index: int, feed: Feed) -> None:
         """Run one sample and add what is observed."""
         check_feed(feed, index, self.plan.inputs)
-        inputs: dict[str, Any] = {name: feed[name] for name in self.plan.inputs}
+        inputs = {name: np.asarray(feed[name]) for name in self.plan.inputs}
         offset = index * 2654435769 % (1 << 31)  # Weyl sequence: 2^32 / golden ratio (Knuth 6.4)
         if self.plan.phase:
             inputs[self.plan.phase] = np.array([offset], np.int64)
-        names = [name for probe in self.plan.probes for name in probe.fetched]
+        values = dict(
+            zip(self.names, self._run(self.session, self.names, inputs, index), strict=True)
+        )
+        late = []
+        for probe, tally in zip(self.plan.probes, self.tallies, strict=True):
+            if probe.lo:
+                lo, hi = float(values[probe.lo].min()), float(values[probe.hi].max())
+                if not np.isfinite(hi - lo):
+                    late.append((probe, tally))
+                    continue
+                tally.extend(lo, hi)
+                if probe.sample:
+                    tally.add(values[probe.sample])
+            else:
+                whole = np.asarray(feed[probe.tensor] if probe.is_input else values[probe.source])
+                tally.see(whole, offset if probe.histogram else None)
+        if late:  # infinities: their tensors' finite extremes need the values themselves
+            if self.second is None:
+                self.second = runtime.session(_fetching(self.rebuild(), self.plan))
+            sources = [probe.source for probe, _ in late]
+            wholes = self._run(self.second, sources, inputs, index)
+            for (probe, tally), whole in zip(late, wholes, strict=True):
+                tally.see(whole, offset if probe.histogram else None)
+
+    def _run(self, session: Any, names: list[str], inputs: dict[str, Any], index: int) -> list[Any]:
+        if not names:
+            return []
         try:
-            values = dict(zip(names, session.run(names, inputs) if names else (), strict=True))
-        except Exception as e:  # onnxruntime's exceptions share no base but Exception
+            return list(session.run(names, inputs))
+        except Exception as e:  # onnxruntime's exceptions have no base class of their own
             raise DataError(f"sample {index} does not run: {str(e).splitlines()[0]}") from e
-        for probe in self.plan.probes:
-            self._add(probe, feed[probe.tensor] if probe.is_input else None, values, offset)
-
-    def _add(
-        self, probe: Probe, direct: NDArray[Any] | None, values: dict[str, Any], offset: int
-    ) -> None:
-        if probe.is_input or probe.whole:
-            whole = np.asarray(direct if direct is not None else values[probe.whole])
-            seen = MinMax.of(whole)
-            sample = whole.reshape(-1)
-            if sample.size > SAMPLE:
-                step = stride(sample.size)
-                sample = sample[offset % step :: step]
-        else:
-            lo, hi = float(values[probe.lo]), float(values[probe.hi])
-            sample = values.get(probe.sample, np.empty(0, np.float32))
-            seen = MinMax(lo, hi, 1)
-            if not (np.isfinite(lo) and np.isfinite(hi)):
-                lo, hi, _ = extremes(sample[np.isfinite(sample)])
-                seen = MinMax(lo, hi, 1, has_nonfinite=True)
-        self.ranges[probe.tensor] = self.ranges[probe.tensor].merge(seen)
-        if not probe.histogram:
-            return
-        if seen.has_nonfinite:
-            sample = sample[np.isfinite(sample)]
-        pending = self.pending[probe.tensor]
-        pending.append(histograms.bins_of(sample))
-        if sum(len(bins) for bins in pending) >= FLUSH:
-            self._flush(probe.tensor)
-
-    def _flush(self, tensor: str) -> None:
-        if pending := self.pending[tensor]:
-            new = histograms.count(np.concatenate(pending))
-            self.counted[tensor] = histograms.add(self.counted[tensor], new)
-            pending.clear()
 
     def statistics(self) -> dict[str, Statistic]:
-        """What was observed so far."""
-        for tensor in self.pending:
-            self._flush(tensor)
+        """Return what was observed so far."""
         return {
-            tensor: Histogram(r.lo, r.hi, r.count, r.has_nonfinite, *self.counted[tensor])
-            if tensor in self.counted
-            else r
-            for tensor, r in self.ranges.items()
+            probe.tensor: tally.histogram() if probe.histogram else tally.minmax()
+            for probe, tally in zip(self.plan.probes, self.tallies, strict=True)
         }
+
+
+@dataclass(slots=True)
+class Tally:
+    """One tensor's statistic under construction; upper halves of values wait to be counted."""
+
+    lo: float = np.inf
+    hi: float = -np.inf
+    count: int = 0
+    has_nonfinite: bool = False
+    waiting: list[NDArray[np.uint16]] = field(default_factory=list)
+    size: int = 0
+    counted: histograms.Counts = histograms.NONE
+
+    def extend(self, lo: float, hi: float) -> None:
+        """Add one sample's extremes."""
+        self.lo, self.hi, self.count = min(self.lo, lo), max(self.hi, hi), self.count + 1
+
+    def see(self, whole: NDArray[Any], offset: int | None) -> None:
+        """Add one sample's whole tensor; offset None: its extremes alone."""
+        seen = MinMax.of(whole)
+        self.extend(seen.lo, seen.hi)
+        self.has_nonfinite |= seen.has_nonfinite
+        if offset is not None:
+            flat = whole.reshape(-1)
+            step = stride(flat.size)
+            self.add(flat[offset % step :: step])
+
+    def add(self, sample: NDArray[Any]) -> None:
+        """Add values to be counted; those that are not finite are dropped (and noted)."""
+        halves = histograms.halves_of(sample)
+        self.waiting.append(halves)
+        self.size += halves.size
+        if self.size >= BUFFER:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self.size:
+            new, dropped = histograms.count(np.concatenate(self.waiting))
+            self.counted = histograms.add(self.counted, new)
+            self.has_nonfinite |= dropped > 0
+            self.waiting, self.size = [], 0
+
+    def histogram(self) -> Histogram:
+        """Return what was seen so far."""
+        self._flush()
+        return Histogram(self.lo, self.hi, self.count, self.has_nonfinite, *self.counted)
+
+    def minmax(self) -> MinMax:
+        """Return what was seen so far, without the histogram."""
+        return MinMax(self.lo, self.hi, self.count, self.has_nonfinite)
 
 
 def check_feed(feed: Feed, index: int, inputs: Iterable[str]) -> None:
@@ -252,30 +277,43 @@ def check_feed(feed: Feed, index: int, inputs: Iterable[str]) -> None:
             raise DataError(f"sample {index}, input {name!r} has {what}")
 
 
+@lru_cache(maxsize=4096)
 def stride(size: int) -> int:
-    """The least prime that leaves at most SAMPLE of `size` values and does not divide `size`."""
+    """1 for up to SAMPLE values; else the least prime, no divisor of size, that leaves SAMPLE."""
     step = -(-size // SAMPLE)
-    while not _is_prime(step) or size % step == 0:
+    while step > 1 and (
+        size % step == 0 or any(step % d == 0 for d in range(2, int(step**0.5) + 1))
+    ):
         step += 1
-    return step
+    return max(step, 1)
 
 
-def _is_prime(n: int) -> bool:
-    return n > 1 and all(n % d for d in range(2, int(n**0.5) + 1))
+# For sizes that are known only in the run: the strides to choose from, 5 % apart.
+STRIDES = tuple(dict.fromkeys(stride(int(SAMPLE * 1.05**k) + 1) for k in range(300)))
 
 
-def instrument(model: Model, wanted: Mapping[str, type[Statistic]]) -> Instrumented:
-    """The model with observations for outputs instead of its own."""
+def instrument(
+    model: Model, wanted: Mapping[str, type[Statistic]], first: Feed
+) -> tuple[onnx.ModelProto, Plan]:
+    """Make a model with observations for outputs instead of its own; and say how to use it.
+
+    The first sample's shapes decide how tensors of dynamic shape are observed, not what is.
+    """
     proto = model.to_proto()
     graph = proto.graph
     constants = {t.name for t in graph.initializer}
-    inputs = {i.name: i for i in graph.input if i.name not in constants}
+    inputs = [i.name for i in graph.input if i.name not in constants]
     made = {name for node in graph.node for name in node.output}
-    types = {v.name: v.type.tensor_type for v in (*graph.value_info, *graph.output, *graph.input)}
-    opset = next((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), 1)
-    probes = []
+    types = {
+        t.name: helper.make_tensor_type_proto(data_type_of(t.dtype), t.shape).tensor_type
+        for t in model.graph.tensors().values()
+        if t.dtype is not None
+    }
+    shapes = _shapes_for(proto, first, types)
+    opset = max(o.version for o in proto.opset_import if o.domain in ("", "ai.onnx"))
     graph.ClearField("output")
-    extra = Extra(graph, opset)
+    extra = Observations(graph, opset)
+    probes = []
     for tensor, statistic in wanted.items():
         if statistic not in (MinMax, Histogram):
             raise TypeError(f"cannot calibrate {statistic.__name__}: MinMax or Histogram")
@@ -283,104 +321,206 @@ def instrument(model: Model, wanted: Mapping[str, type[Statistic]]) -> Instrumen
             raise ModelError(f"there is no activation {tensor!r} in the main graph to calibrate")
         kind = types[tensor].elem_type if tensor in types else 0
         if kind not in FLOATS:
-            raise ModelError(
-                f"cannot calibrate {tensor!r}: {TensorProto.DataType.Name(kind)} has no range"
-            )
+            name = TensorProto.DataType.Name(kind).lower()
+            raise ModelError(f"cannot calibrate {tensor!r}: it is of type {name}, not float")
         histogram = statistic is Histogram
         if tensor in inputs:
-            probes.append(Probe(tensor, histogram, is_input=True))
+            probes.append(Probe(tensor, histogram, tensor, is_input=True))
         else:
-            probes.append(extra.probe(tensor, kind, _size(types[tensor]), histogram=histogram))
-    if not graph.output:  # only inputs are wanted; a graph must have an output
-        extra.output(next(iter(made), ""), TensorProto.FLOAT)
-    return Instrumented(proto.SerializeToString(), tuple(probes), tuple(inputs), extra.phase)
+            known = _dims(types[tensor])
+            probes.append(extra.probe(tensor, kind, known, shapes.get(tensor), histogram=histogram))
+    if not graph.output and graph.node:  # only inputs are wanted, but a graph must have an output
+        graph.output.append(onnx.ValueInfoProto(name=graph.node[0].output[0]))
+    return proto, Plan(tuple(probes), tuple(inputs), extra.phase)
 
 
-def _size(kind: Any) -> int | None:
-    """The number of elements, if every dimension is known."""
-    if not kind.HasField("shape") or any(not d.HasField("dim_value") for d in kind.shape.dim):
+def _dims(kind: Any) -> list[int | None] | None:
+    """Read the dimensions, None where they are not known; None for an unknown rank."""
+    if not kind.HasField("shape"):
         return None
-    return int(np.prod([d.dim_value for d in kind.shape.dim], dtype=np.int64))
+    return [d.dim_value if d.HasField("dim_value") else None for d in kind.shape.dim]
+
+
+def _shapes_for(
+    proto: onnx.ModelProto, feed: Feed, types: Mapping[str, Any]
+) -> dict[str, list[int]]:
+    """Infer the shapes that all tensors have for this sample, as far as possible."""
+    shapes = {name: dims for name, kind in types.items() if (dims := _dims(kind)) is not None}
+    if any(None in dims for dims in shapes.values()):
+        skeleton = onnx.ModelProto()
+        skeleton.CopyFrom(proto)
+        skeleton.graph.ClearField("value_info")
+        for value in skeleton.graph.output:
+            value.type.tensor_type.ClearField("shape")
+        for value in skeleton.graph.input:
+            if value.name in feed:
+                shape = value.type.tensor_type.shape
+                shape.ClearField("dim")
+                for size in np.shape(feed[value.name]):
+                    shape.dim.add().dim_value = size
+        try:
+            inferred = onnx.shape_inference.infer_shapes(skeleton, data_prop=True).graph
+        except Exception:  # a sample that does not fit the model: the run says so
+            return {}
+        for value in (*inferred.value_info, *inferred.output):
+            dims = _dims(value.type.tensor_type)
+            if dims is not None:
+                shapes[value.name] = dims
+    return {
+        name: [d for d in dims if d is not None]
+        for name, dims in shapes.items()
+        if None not in dims
+    }
+
+
+def _fetching(proto: onnx.ModelProto, plan: Plan) -> onnx.ModelProto:
+    """Add what is observed in the graph to the outputs, whole."""
+    for probe in plan.probes:
+        if probe.lo:
+            proto.graph.output.append(onnx.ValueInfoProto(name=probe.source))
+    return proto
 
 
 @dataclass(slots=True)
-class Extra:
+class Observations:
     """Adds observations to a graph."""
 
     graph: onnx.GraphProto
     opset: int
     phase: str = ""
-    number: int = 0
-    starts: dict[int, tuple[str, str]] = field(default_factory=dict)
+    constants: dict[tuple[int, ...], str] = field(default_factory=dict)
+    windows: dict[Any, tuple[str, str]] = field(default_factory=dict)
 
-    def probe(self, tensor: str, kind: int, size: int | None, *, histogram: bool) -> Probe:
-        """Observe a tensor of `kind` with `size` elements (None: not known before the run)."""
-        if (size is not None and size <= SAMPLE) or (histogram and (self.opset < 11)):
-            if kind == TensorProto.BFLOAT16:
-                tensor_out = self.node("Cast", tensor, to=TensorProto.FLOAT)
-                kind = TensorProto.FLOAT
-            else:
-                tensor_out = tensor
-            self.output(tensor_out, kind)
-            return Probe(tensor, histogram, whole=tensor_out)
+    def probe(
+        self,
+        tensor: str,
+        kind: int,
+        known: list[int | None] | None,
+        shape: list[int] | None,
+        *,
+        histogram: bool,
+    ) -> Probe:
+        """Observe a tensor: its element type, its shape if known, and that in the first sample."""
         source = tensor
-        if kind != TensorProto.FLOAT:
+        if kind not in (TensorProto.FLOAT, TensorProto.DOUBLE):
             source = self.node("Cast", tensor, to=TensorProto.FLOAT)
-        lo = self.node("ReduceMin", source, keepdims=0)
-        hi = self.node("ReduceMax", source, keepdims=0)
-        self.output(lo, TensorProto.FLOAT)
-        self.output(hi, TensorProto.FLOAT)
+        small = shape is not None and np.prod(shape, dtype=np.int64) <= WHOLE
+        if small or self.opset < 11:  # Slice and Mod as used here are of opset 10, ArgMax of 11
+            self.output(source)
+            return Probe(tensor, histogram, source)
+        lo, hi = self.reduce("ReduceMin", source, shape), self.reduce("ReduceMax", source, shape)
+        self.output(lo)
+        self.output(hi)
         if not histogram:
-            return Probe(tensor, histogram, lo=lo, hi=hi)
-        flat = self.node("Reshape", source, self.shared("flat", [-1]))
-        sample = self.node("Slice", flat, *self.window(source, size))
-        self.output(sample, TensorProto.FLOAT)
-        return Probe(tensor, histogram, lo=lo, hi=hi, sample=sample)
+            return Probe(tensor, histogram, source, lo=lo, hi=hi)
+        flat = self.node("Reshape", source, self.constant(-1))
+        start, step = self.window(source, known)
+        end, axis = self.constant(np.iinfo(np.int64).max), self.constant(0)
+        sample = self.node("Slice", flat, start, end, axis, step)
+        self.output(sample)
+        return Probe(tensor, histogram, source, lo=lo, hi=hi, sample=sample)
 
-    def window(self, source: str, size: int | None) -> tuple[str, str, str, str]:
-        """starts, ends, axes, steps of a Slice of the flat tensor."""
-        end, axis = self.shared("end", [np.iinfo(np.int64).max]), self.shared("axis", [0])
+    def reduce(self, op: str, source: str, shape: list[int] | None) -> str:
+        """Reduce to about ROWS rows: a reduction to one value runs on one core only."""
+        rank = len(shape or ())
+        if shape is None or rank < 2:
+            return self.node(op, source, keepdims=0)
+        rows = np.cumprod(shape[:-1])
+        split = 1 + int(np.argmin(np.abs(np.log(np.maximum(rows, 1) / ROWS))))
+        axes = list(range(split, rank))
+        if self.opset >= 18:
+            return self.node(op, source, self.constant(*axes), keepdims=0)
+        return self.node(op, source, keepdims=0, axes=axes)
+
+    def window(self, source: str, known: list[int | None] | None) -> tuple[str, str]:
+        """Start and step of the strided sample; tensors of equal size share them."""
         if not self.phase:
             self.phase = "onnxq/phase"
-            self.graph.input.append(
-                helper.make_tensor_value_info(self.phase, TensorProto.INT64, [1])
-            )
-        if size is not None:
-            step = stride(size)
-            if step not in self.starts:
-                steps = self.shared(f"step_{step}", [step])
-                self.starts[step] = (self.node("Mod", self.phase, steps), steps)
-            start, steps = self.starts[step]
-            return start, end, axis, steps
-        # The step is the least prime of a list that is large enough, found in the graph.
-        numbers = self.node("Div", self.node("Size", source), self.shared("sample", [SAMPLE]))
-        less = self.node("Less", self.shared("primes", PRIMES), numbers)
-        steps = self.node(
-            "Gather",
-            self.shared("primes", PRIMES),
-            self.node("ArgMin", self.node("Cast", less, to=TensorProto.INT32), axis=0, keepdims=1),
-        )
-        return self.node("Mod", self.phase, steps), end, axis, steps
+            value = helper.make_tensor_value_info(self.phase, TensorProto.INT64, [1])
+            self.graph.input.append(value)
+        fixed = known is not None and None not in known
+        key = stride(int(np.prod([d or 0 for d in known or ()]))) if fixed else source
+        if key not in self.windows:
+            if fixed:
+                step = self.constant(int(key))
+            else:  # the first of STRIDES that leaves at most SAMPLE values
+                strides = self.constant(*STRIDES)
+                enough = self.node("Mul", strides, self.constant(SAMPLE))
+                size = self.node("Size", source)
+                less = self.node("Cast", self.node("Less", enough, size), to=TensorProto.INT32)
+                step = self.node("Gather", strides, self.node("ArgMin", less, axis=0, keepdims=1))
+            self.windows[key] = (self.node("Mod", self.phase, step), step)
+        return self.windows[key]
 
     def node(self, op: str, *inputs: str, **attributes: Any) -> str:
         """Add a node; return its output."""
-        self.number += 1
-        name = f"onnxq/{op}_{self.number}"
+        name = f"onnxq/{op}_{len(self.graph.node)}"
         self.graph.node.append(helper.make_node(op, inputs, [name], name=name, **attributes))
         return name
 
-    def shared(self, name: str, values: Any) -> str:
-        """A constant (int64), made once."""
-        name = f"onnxq/{name}"
-        if all(t.name != name for t in self.graph.initializer):
-            self.graph.initializer.append(
-                numpy_helper.from_array(np.asarray(values, np.int64), name)
-            )
-        return name
+    def constant(self, *values: int) -> str:
+        """Add a 1-D int64 constant, once."""
+        if values not in self.constants:
+            self.constants[values] = f"onnxq/constant_{len(self.constants)}"
+            tensor = numpy_helper.from_array(np.array(values, np.int64), self.constants[values])
+            self.graph.initializer.append(tensor)
+        return self.constants[values]
 
-    def output(self, name: str, kind: int) -> None:
-        """Make a tensor an output of the graph."""
-        self.graph.output.append(helper.make_tensor_value_info(name, kind, None))
+    def output(self, name: str) -> None:
+        """Make a tensor an output of the graph; onnxruntime infers its type."""
+        self.graph.output.append(onnx.ValueInfoProto(name=name))
 
 
-PRIMES = np.array([1] + [stride(int(SAMPLE * 1.1**k)) for k in range(150)], np.int64)
+VERSION = 1
+FORMAT = "onnxq calibration"
+
+
+def save_calibration(
+    path: str | os.PathLike[str], stats: Mapping[str, Statistic], *, meta: Mapping[str, Any]
+) -> None:
+    """Write statistics to an .npz file, atomically; meta: what JSON can hold, for the reader.
+
+    Raises ModelError when the file cannot be written.
+    """
+    rows: list[list[Any]] = []
+    arrays: dict[str, Any] = {}
+    for i, (tensor, s) in enumerate(stats.items()):
+        if not isinstance(s, MinMax | Histogram):
+            raise TypeError(f"cannot save {type(s).__name__} of {tensor!r}")
+        rows.append([type(s).__name__, tensor, s.lo, s.hi, s.count, s.has_nonfinite])
+        if isinstance(s, Histogram):
+            arrays[f"bins_{i}"], arrays[f"counts_{i}"] = s.bins, s.counts
+    header = {"format": FORMAT, "version": VERSION, "meta": dict(meta), "tensors": rows}
+    arrays["header"] = np.frombuffer(json.dumps(header).encode(), np.uint8)
+    with atomic_write(path) as file:
+        np.savez_compressed(file, **arrays)
+
+
+def load_calibration(
+    path: str | os.PathLike[str],
+) -> tuple[dict[str, Statistic], dict[str, Any]]:
+    """Read what `save_calibration` wrote: the statistics, and meta.
+
+    Raises DataError when the file is missing, damaged, something else, or of a newer onnxq.
+    """
+    name = os.fspath(path)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            header = json.loads(file["header"].tobytes())
+            if header["format"] != FORMAT:
+                raise ValueError("foreign header")
+            if header["version"] > VERSION:
+                raise DataError(f"{name} was written by a newer onnxq: upgrade, or calibrate again")
+            stats: dict[str, Statistic] = {}
+            for i, (kind, tensor, *values) in enumerate(header["tensors"]):
+                if kind == "Histogram":
+                    lo, hi, number, nonfinite = values
+                    bins, counts = file[f"bins_{i}"], file[f"counts_{i}"]
+                    stats[tensor] = Histogram(lo, hi, number, nonfinite, bins, counts)
+                else:
+                    stats[tensor] = MinMax(*values)
+            return stats, header["meta"]
+    except OSError as e:
+        raise DataError(f"cannot read {name}: {e.strerror or e}") from e
+    except (ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as e:
+        raise DataError(f"{name} is not a calibration of onnxq, or is damaged") from e

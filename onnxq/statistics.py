@@ -22,7 +22,7 @@ class Statistic(Protocol):
         ...
 
     def merge(self, other: Self) -> Self:
-        """The statistic over both sets of samples: associative, commutative, exact."""
+        """Return the statistic over both sets of samples: associative, commutative, exact."""
         ...
 
 
@@ -46,7 +46,7 @@ class MinMax:
         return cls(lo, hi, 1, has_nonfinite)
 
     def merge(self, other: MinMax) -> MinMax:
-        """The extremes over both sets of samples."""
+        """Return the extremes over both sets of samples."""
         return MinMax(
             min(self.lo, other.lo),
             max(self.hi, other.hi),
@@ -75,13 +75,11 @@ class Histogram:
     def of(cls, x: NDArray[Any]) -> Histogram:
         """Of one sample's whole tensor."""
         lo, hi, has_nonfinite = extremes(x)
-        values = np.asarray(x)
-        if has_nonfinite:
-            values = values[np.isfinite(values)]
-        return cls(lo, hi, 1, has_nonfinite, *histograms.count(histograms.bins_of(values)))
+        counts, _ = histograms.count(histograms.halves_of(x))
+        return cls(lo, hi, 1, has_nonfinite, *counts)
 
     def merge(self, other: Histogram) -> Histogram:
-        """The histogram over both sets of samples."""
+        """Return the histogram over both sets of samples."""
         return Histogram(
             min(self.lo, other.lo),
             max(self.hi, other.hi),
@@ -101,10 +99,15 @@ class Histogram:
 
     __hash__ = None  # type: ignore[assignment]
 
-    def range(self, method: Method, *, bits: int = 8, symmetric: bool = False) -> tuple[float, float]:
-        """The (lo, hi) to quantize to `bits` bits; see `onnxq.numerics.ranges` for the methods."""
+    def range(
+        self, method: Method, *, bits: int = 8, symmetric: bool = False
+    ) -> tuple[float, float]:
+        """Find the (lo, hi) to quantize to `bits` bits; for the methods see `numerics.ranges`.
+
+        Raises ValueError when no finite value was observed.
+        """
         return ranges.search(
-            ranges.Density.of_bins(self.bins, self.counts, self.lo, self.hi),
+            ranges.Density.of_counts((self.bins, self.counts), self.lo, self.hi),
             method,
             bits=bits,
             symmetric=symmetric,

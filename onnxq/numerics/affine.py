@@ -20,10 +20,10 @@ SMALLEST_SCALE = np.finfo(np.float32).tiny  # the least normal number: kernels m
 def quantize(
     x: NDArray[Any], scale: ArrayLike, zero_point: NDArray[Any], *, axis: int | None = None
 ) -> NDArray[Any]:
-    """x as integers of zero_point's dtype, same shape as x.
+    """Return x as integers of zero_point's dtype, same shape as x.
 
-    scale and zero_point are scalars (axis None) or 1-D of length x.shape[axis]. Infinities saturate;
-    x must hold no NaN (its integer is undefined in ONNX too).
+    scale and zero_point are scalars (axis None) or 1-D of length x.shape[axis]. Infinities
+    saturate; x must hold no NaN (its integer is undefined in ONNX too).
     """
     zp = np.asarray(zero_point)
     info = np.iinfo(zp.dtype)
@@ -42,7 +42,7 @@ def quantize(
 def dequantize(
     q: NDArray[Any], scale: ArrayLike, zero_point: NDArray[Any], *, axis: int | None = None
 ) -> NDArray[np.float32]:
-    """Integers as float32, same shape as q; scale and zero_point as for `quantize`."""
+    """Return integers as float32, same shape as q; scale and zero_point as for `quantize`."""
     s = _along(np.asarray(scale, np.float32), q, axis)
     z = _along(np.asarray(zero_point), q, axis)
     # The difference is exact in 64 bits and rounds once, to float32, as the kernels do it.
@@ -90,7 +90,7 @@ def affine_params(
 
 
 def _along(p: NDArray[Any], x: NDArray[Any], axis: int | None) -> NDArray[Any]:
-    """p shaped to broadcast against x along `axis` (None: p is a scalar or has one element)."""
+    """Shape p to broadcast against x along `axis` (None: one element)."""
     if axis is None:
         return p.reshape(())
     shape = [1] * np.ndim(x)
