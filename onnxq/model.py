@@ -20,7 +20,7 @@ from onnx_graphsurgeon.logger import G_LOGGER
 
 from onnxq.errors import ModelError
 from onnxq.files import PROTOBUF_LIMIT, DataFolder, atomic_write, check_model, read_model
-from onnxq.opsets import carry, converted
+from onnxq.opsets import carry, convert
 from onnxq.serialization import (
     DEFAULT_DOMAIN,
     Exporter,
@@ -254,11 +254,7 @@ class Model:
         proto = self._export(weights)
         before = _imported(proto, weights.fetch)
         same_types(self.graph, before)
-        proto.ir_version = max(proto.ir_version, 8)
-        proto.ClearField("functions")
-        proto.ClearField("training_info")
-        result = converted(proto, version)
-        graph = _imported(result, weights.fetch)
+        graph = _imported(convert(_copy(proto), self.opset, version), weights.fetch)
         carry(before, graph)
         for entry in self.envelope.opset_import:
             if entry.domain in DEFAULT_DOMAIN:
@@ -268,9 +264,10 @@ class Model:
         own.origin = origin_of(graph)
         for inner in walk(own):
             inner.opset = version
-        self._raise_ir(
-            max(8, onnx.helper.find_min_ir_version_for(self.envelope.opset_import, True))
+        needed = onnx.helper.find_min_ir_version_for(
+            self.envelope.opset_import, ignore_unknown=True
         )
+        self._raise_ir(max(8, needed))
         self._name_nodes()
         self._infer(fill)
         remember(own)
@@ -451,6 +448,12 @@ class Model:
             for body in bodies_of(node):
                 todo += [n for n in body.nodes if _has_effects(n, local)]
         return live
+
+
+def _copy(proto: onnx.ModelProto) -> onnx.ModelProto:
+    out = onnx.ModelProto()
+    out.CopyFrom(proto)
+    return out
 
 
 def _imported(proto: onnx.ModelProto, fetch: Fetch) -> gs.Graph:

@@ -2,36 +2,69 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Iterator
 
 import onnx
 import onnx_graphsurgeon as gs
 from onnx import AttributeProto, version_converter
 
 from onnxq.errors import ModelError
-from onnxq.serialization import bodies_of, local_tensors, origin_of
+from onnxq.serialization import DEFAULT_DOMAIN, bodies_of, local_tensors, origin_of
 from onnxq.shapes import copy_type
 
+MISCONVERTED = {"Scan": 9, "GroupNormalization": 21}
+"""Operators that changed their meaning in that version, which the converter passes over."""
 
-def converted(proto: onnx.ModelProto, version: int) -> onnx.ModelProto:
-    """The model with version `version` of the default operator set.
+_UNKNOWN = (
+    AttributeProto.SPARSE_TENSOR,
+    AttributeProto.SPARSE_TENSORS,
+    AttributeProto.TYPE_PROTO,
+    AttributeProto.TYPE_PROTOS,
+)
+"""Attributes that the converter cannot read; `carry` puts them back."""
+
+
+def convert(proto: onnx.ModelProto, old: int, new: int) -> onnx.ModelProto:
+    """Convert a model from one version of the default operator set to another; `proto` is used up.
 
     Raises ModelError, naming the operator where that is known, when the converter cannot do it.
     """
-    if version > onnx.defs.onnx_opset_version():
+    if new > onnx.defs.onnx_opset_version():
         raise ModelError(
-            f"opset {version} is newer than onnx {onnx.__version__} knows; install a newer onnx"
+            f"opset {new} is newer than onnx {onnx.__version__} knows; install a newer onnx"
         )
+    proto.ir_version = max(proto.ir_version, 8)  # below, it wants initializers listed as inputs
+    proto.ClearField("functions")
+    proto.ClearField("training_info")
+    used = set()
+    for node in _nodes(proto.graph):
+        if node.domain in DEFAULT_DOMAIN:
+            used.add(node.op_type)
+        known = [a for a in node.attribute if a.type not in _UNKNOWN and not a.ref_attr_name]
+        if len(known) < len(node.attribute):
+            del node.attribute[:]
+            node.attribute.extend(known)
+    for op, changed in MISCONVERTED.items():
+        if op in used and old < changed <= new:
+            raise _refusal(new, f"operator {op}")
     try:
-        return version_converter.convert_version(proto, version)
-    except Exception as e:  # the converter raises what C++ throws: RuntimeError and others
+        return version_converter.convert_version(proto, new)
+    except Exception as e:  # whatever C++ throws
         text = " ".join(str(e).split())
-        used = {node.op_type for node in proto.graph.node}
-        named = [word for word in re.findall(r"\w+", text) if word in used]
-        what = f"operator {named[-1]}" if named else text
-        raise ModelError(
-            f"cannot be converted to opset {version} ({what}); export it with a newer opset"
-        ) from e
+        named = max((op for op in used if op in text), key=len, default=None)
+        raise _refusal(new, f"operator {named}" if named else text) from e
+
+
+def _refusal(version: int, what: str) -> ModelError:
+    return ModelError(f"cannot be converted to opset {version} ({what}); export it with that opset")
+
+
+def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            for body in (attribute.g, *attribute.graphs):
+                yield from _nodes(body)
 
 
 def carry(old: gs.Graph, new: gs.Graph) -> None:

@@ -61,7 +61,7 @@ def data_type_of(dtype: Any) -> int:
     """The TensorProto.DataType of a numpy dtype (or of a number that is one already)."""
     if isinstance(dtype, int):
         return dtype
-    return int(onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))
+    return int(onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype).newbyteorder("=")))
 
 
 def dtype_of(data_type: int) -> np.dtype[Any] | None:
@@ -203,13 +203,11 @@ def values_in(constant: gs.Constant) -> NDArray[Any]:
 def bytes_in(constant: gs.Constant) -> int:
     """The size of the constant's values in a file."""
     held = constant._values
+    if isinstance(held, Stored) and held.tensor.data_type == onnx.TensorProto.STRING:
+        return int(held.tensor.ByteSize())
     if isinstance(held, LazyValues):
-        return int(held.nbytes) or _text_size(held)
+        return int(held.nbytes)
     return stored_size(data_type_of(held.dtype), held.shape)
-
-
-def _text_size(held: Values) -> int:
-    return int(held.tensor.ByteSize()) if isinstance(held, Stored) else 0
 
 
 def header(constant: gs.Constant) -> onnx.TensorProto:
@@ -243,7 +241,9 @@ def inline(constant: gs.Constant) -> onnx.TensorProto:
     if isinstance(held, Stored):
         out.raw_data = held.raw().tobytes()
         return out
-    made = from_array(np.asarray(values_in(constant)))
+    values = values_in(constant)
+    native = object if values.dtype.kind in "US" else values.dtype.newbyteorder("=")
+    made = from_array(values.astype(native, copy=False))
     out.MergeFrom(without(made, "dims", "data_type", "name"))
     return out
 
