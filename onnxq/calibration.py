@@ -31,9 +31,9 @@ from onnxq import runtime
 from onnxq.errors import DataError, ModelError
 from onnxq.files import atomic_write
 from onnxq.model import Model
-from onnxq.weights import data_type_of
 from onnxq.numerics import histograms
 from onnxq.statistics import Histogram, MinMax, Statistic
+from onnxq.weights import data_type_of
 
 Feed = Mapping[str, NDArray[Any]]
 
@@ -505,7 +505,7 @@ def load_calibration(
     """
     name = os.fspath(path)
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
             header = json.loads(file["header"].tobytes())
             if header["format"] != FORMAT:
                 raise ValueError("foreign header")

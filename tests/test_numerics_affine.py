@@ -43,7 +43,9 @@ def onnx_quantize(
 
 @settings(derandomize=True, deadline=None, max_examples=150)
 @given(data=st.data(), dtype=st.sampled_from(DTYPES), axis=st.sampled_from([None, 0, 1, 2]))
-def test_agrees_with_onnxruntime_bit_by_bit(data: st.DataObject, dtype: str, axis: int | None) -> None:
+def test_agrees_with_onnxruntime_bit_by_bit(
+    data: st.DataObject, dtype: str, axis: int | None
+) -> None:
     shape = data.draw(hnp.array_shapes(min_dims=3, max_dims=3, max_side=4))
     x = data.draw(hnp.arrays(np.float32, shape, elements=finite))
     p_shape = () if axis is None else (shape[axis],)

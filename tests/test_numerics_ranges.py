@@ -45,10 +45,10 @@ def test_mse_is_at_least_as_good_as_every_other_method(name: str, symmetric: boo
 
 @pytest.mark.parametrize(("name", "symmetric"), CASES)
 def test_mse_is_near_the_best_of_an_exhaustive_search(name: str, symmetric: bool) -> None:
-    x = SHAPES[name]
+    x = SHAPES[name][-20_000:]
     found = quality_db(x, search(Density.of(x), "mse", symmetric=symmetric), symmetric)
     lo, hi = min(float(x.min()), 0.0), max(float(x.max()), 0.0)
-    factors = np.geomspace(1, 0.1, 24)
+    factors = np.geomspace(1, 0.1, 16)
     best = max(
         quality_db(x, (lo * f, hi * g), symmetric)
         for f in (factors if lo < 0 and not symmetric else [1.0])
@@ -119,7 +119,7 @@ def test_refuses_unknown_methods_and_no_data() -> None:
 
 
 def test_weights_mse_beats_minmax_per_channel_and_channel_beats_tensor() -> None:
-    w = RNG.standard_t(4, size=(16, 8, 3, 3)) * np.geomspace(0.01, 1, 16)[:, None, None, None]
+    w = RNG.normal(size=(16, 4000)) * np.geomspace(0.01, 1, 16)[:, None]
     w = w.astype(np.float32)
     db = {}
     for fmt in ("int8", "uint8"):
@@ -166,6 +166,7 @@ floats = st.lists(st.floats(width=32), min_size=1, max_size=50)
 def test_each_value_lies_in_its_bin(values: list[float]) -> None:
     x = np.array(values, np.float32)
     finite = x[np.isfinite(x)].astype(np.float64)
+    finite[np.abs(finite) < histograms.ZERO_WIDTH] = 0  # subnormals may count as 0
     (bins, counts), dropped = histograms.count(histograms.halves_of(x))
     assert dropped == x.size - finite.size
     assert counts.sum() == finite.size
@@ -178,4 +179,4 @@ def test_each_value_lies_in_its_bin(values: list[float]) -> None:
     index = np.searchsorted(left, finite, side="right") - 1
     assert (finite <= right[index]).all()
     normal = np.abs(finite) > 1e-37
-    assert (right - left)[index][normal].max(initial=0) <= np.abs(finite[normal]).max(initial=0) / 64
+    assert ((right - left)[index] <= np.abs(finite) / 127)[normal].all()

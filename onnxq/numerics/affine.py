@@ -29,14 +29,12 @@ def quantize(
     info = np.iinfo(zp.dtype)
     s, z = _along(np.asarray(scale, np.float32), x, axis), _along(zp, x, axis)
     with np.errstate(over="ignore"):  # x / scale beyond float32 is infinite, and saturates
-        y = np.asarray(x, np.float32) / s
-    np.rint(y, out=y)
+        y = np.rint(np.asarray(x, np.float32) / s)
     if info.bits > 16:  # float32 holds no 32-bit integer exactly
         y = y.astype(np.float64)
     # Saturated values aside, every sum is below 2^18: exact in float32.
-    y = y + z.astype(y.dtype)
-    np.clip(y, info.min, info.max, out=y)
-    return np.asarray(y.astype(zp.dtype))
+    y += z.astype(y.dtype)
+    return np.asarray(np.clip(y, info.min, info.max).astype(zp.dtype))
 
 
 def dequantize(

@@ -62,4 +62,5 @@ def edges_of(bins: NDArray[np.uint16]) -> tuple[NDArray[np.float64], NDArray[np.
 
 def _edge(k: NDArray[np.int64]) -> NDArray[np.float64]:
     magnitude = (np.abs(k - ZERO) << 16).astype(np.uint32).view(np.float32).astype(np.float64)
+    magnitude = np.minimum(magnitude, float(np.finfo(np.float32).max))  # where infinity begins
     return np.where(k < ZERO, -magnitude, magnitude)

@@ -294,7 +294,7 @@ def weight_range(
 
     A dead channel's range is lifted to 2^-16 of the largest channel's. Its weights are noise or 0,
     but its bias is often not: int32 biases have scale s_x s_w and hold at most 2^31 of it, so with
-    s_w >= 2^-16 max(w) / 127 a bias of max(x) max(w) still fits. Weights of zeros have range (0, 0).
+    s_w >= 2^-16 max(w) / 127 a bias of max(x) max(w) still fits. All-zero weights: range (0, 0).
     """
     if method not in ("minmax", "mse"):
         raise ValueError(f"unknown method {method!r} for weights: minmax or mse")
