@@ -26,15 +26,14 @@ from onnxq.serialization import (
     Exporter,
     Importer,
     Node,
-    bodies_of,
     local_tensors,
     origin_of,
     place,
     remember,
-    sort,
     walk,
 )
 from onnxq.shapes import Merge, fill, same_types, symbols, take_types, update
+from onnxq.sweeping import sweep
 from onnxq.weights import (
     SMALL,
     DataWriter,
@@ -50,9 +49,6 @@ from onnxq.weights import (
 
 EXTERNAL_ABOVE = 1_800_000_000
 """Bytes of weights above which a data file is written: protobuf ends at 2 GiB."""
-
-PURE_DOMAINS = (*DEFAULT_DOMAIN, "ai.onnx.ml", "com.microsoft")
-"""Domains whose operators do nothing but compute their outputs."""
 
 G_LOGGER.severity = G_LOGGER.CRITICAL + 1  # it prints to stdout; errors still raise
 
@@ -414,40 +410,8 @@ class Model:
 
         Kept: operators without outputs, and operators of foreign domains, which may have effects.
         """
-        live = self._live()
-        for node in self.nodes():
-            if id(node) not in live:
-                list.clear(node.inputs)
-                list.clear(node.outputs)
-        for graph in self.graphs():
-            graph.nodes[:] = [node for node in graph.nodes if id(node) in live]
-        for node in self.nodes():
-            for tensor in node.inputs + node.outputs:
-                _keep(tensor.outputs, live)
-                _keep(tensor.inputs, live)
-        for graph in self._walked:
-            for tensor in chain(graph.inputs, graph.outputs, origin_of(graph).initializers):
-                _keep(tensor.outputs, live)
-                _keep(tensor.inputs, live)
-            _drop_unused_initializers(graph)
-            sort(graph)
-
-    def _live(self) -> set[int]:
-        """The ids of nodes that the graph outputs need, those in bodies included."""
-        local = {(f.domain, f.name) for f in self.envelope.functions}
-        live: set[int] = set()
-        todo: list[gs.Node] = [n for t in self.graph.outputs for n in t.inputs]
-        todo += [n for n in self.graph.nodes if _has_effects(n, local)]
-        while todo:
-            node = todo.pop()
-            if id(node) in live:
-                continue
-            live.add(id(node))
-            for tensor in chain(node.inputs, *(body.outputs for body in bodies_of(node))):
-                todo += tensor.inputs
-            for body in bodies_of(node):
-                todo += [n for n in body.nodes if _has_effects(n, local)]
-        return live
+        sweep(self.graph, {(f.domain, f.name) for f in self.envelope.functions})
+        self.graphs()
 
 
 def _copy(proto: onnx.ModelProto) -> onnx.ModelProto:
@@ -473,13 +437,6 @@ def _plain_domain(domain: str | None) -> str:
     return "" if domain in DEFAULT_DOMAIN else str(domain)
 
 
-def _has_effects(node: gs.Node, functions: set[tuple[str, str]]) -> bool:
-    """Whether the node may do more than compute outputs."""
-    if not node.outputs:  # made without outputs, or detached by a pass?
-        return "origin" in node.__dict__ and not node.origin.output
-    return node.domain not in PURE_DOMAINS and (node.domain, node.op) not in functions
-
-
 def _index(tensors: Sequence[gs.Tensor], tensor: gs.Tensor) -> int:
     return next(i for i, t in enumerate(tensors) if t is tensor)
 
@@ -488,23 +445,6 @@ def _redirect(old: gs.Tensor, new: gs.Tensor) -> None:
     """Let all readers of `old` read `new`."""
     for node, i in list(readers(old)):
         node.inputs[i] = new
-
-
-def _keep(nodes: list[gs.Node], live: set[int]) -> None:
-    """Cut a tensor's links to other nodes; by identity, which gs's own lists do not do."""
-    if any(id(node) not in live for node in nodes):
-        list.__setitem__(nodes, slice(None), [node for node in nodes if id(node) in live])
-
-
-def _drop_unused_initializers(graph: gs.Graph) -> None:
-    origin = origin_of(graph)
-    notes = origin.shell.quantization_annotation
-    noted = {entry.value for note in notes for entry in note.quant_parameter_tensor_names}
-    outputs = {id(t) for t in graph.outputs}
-    origin.initializers = [
-        t for t in origin.initializers if t.outputs or id(t) in outputs or t.name in noted
-    ]
-    origin.idle = {id(t) for t in origin.initializers if t.name in noted}
 
 
 def producer(tensor: gs.Tensor) -> gs.Node | None:

@@ -149,9 +149,10 @@ def test_unwritable_places_are_one_line(tmp_path: Path) -> None:
         with pytest.raises(ModelError, match="choose another output") as error:
             Model.from_proto(linear()).save(tmp_path / place)
         assert str(tmp_path / place) in one_line(error)
-    with pytest.raises(ModelError, match="not a regular file"), atomic_write("/dev/null"):
+    os.mkfifo(tmp_path / "pipe")  # as /dev/null would be, were it replaced by a plain file
+    with pytest.raises(ModelError, match="not a regular file"), atomic_write(tmp_path / "pipe"):
         pass
-    assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder", "pipe"]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
