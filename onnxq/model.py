@@ -91,10 +91,14 @@ class Model:
 
         try:
             graph = _imported(proto, fetch)
+            model = cls(graph, without(proto, "graph"), has_data_file=external)
+            model._prepare()
         except ModelError as e:
             raise ModelError(f"{where}: {e}") from e
-        model = cls(graph, without(proto, "graph"), has_data_file=external)
-        model._prepare()
+        except UnicodeDecodeError as e:
+            raise ModelError(
+                f"{where}: damaged (a name is not UTF-8); download or export it again"
+            ) from e
         return model
 
     @classmethod

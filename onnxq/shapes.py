@@ -57,7 +57,7 @@ def take_types(
         if tensor.dtype is None or merge is update:
             tensor.dtype = dtype if dtype is not None else tensor.dtype
         tensor.shape = merge(tensor.shape, shape)
-    for node, inferred in zip(graph.nodes, proto.node, strict=True):
+    for node, inferred in zip(graph.nodes, proto.node, strict=False):
         protos: list[Any] = [a.g for a in inferred.attribute if a.HasField("g")]
         protos += [g for a in inferred.attribute for g in a.graphs]
         for body, inner in zip(bodies_of(node), protos, strict=False):
@@ -66,7 +66,7 @@ def take_types(
 
 def same_types(source: gs.Graph, target: gs.Graph) -> None:
     """Copy types between two graphs of the same form."""
-    for one, other in zip(walk(source), walk(target), strict=True):
+    for one, other in zip(walk(source), walk(target), strict=False):
         into = local_tensors(other)
         for name, tensor in local_tensors(one).items():
             if isinstance(tensor, gs.Variable) and isinstance(into.get(name), gs.Variable):

@@ -241,6 +241,11 @@ def test_every_kind_of_value_goes_through_a_data_file(
     assert numpy_helper.to_array(back["fresh"]).tolist() == list(range(4001))
     assert back["packed"].raw_data == back["codes"].raw_data
     assert len(back["codes"].raw_data) == 2001
+    proto = onnx.load(tmp_path / "m.onnx", load_external_data=False)
+    places = [{e.key: e.value for e in t.external_data} for t in proto.graph.initializer]
+    offsets = [int(place["offset"]) for place in places if place]
+    assert len(offsets) > 3
+    assert all(offset % 4096 == 0 for offset in offsets)
     lazily = Model.load(tmp_path / "m.onnx").copy().to_proto()
     for tensor in lazily.graph.initializer:
         want, got = numpy_helper.to_array(back[tensor.name]), numpy_helper.to_array(tensor)
@@ -413,6 +418,9 @@ def _without(field: str) -> bytes:
         pytest.param(np.random.default_rng(1).bytes(5000), "not an ONNX model", id="noise"),
         pytest.param(_without("graph"), "no graph", id="no-graph"),
         pytest.param(_without("opset_import"), "no opset_import", id="no-opset"),
+        pytest.param(
+            linear().SerializeToString().replace(b"Add", b"\xff\xff\xff"), "UTF-8", id="name"
+        ),
         pytest.param(_future(), "install a newer onnx", id="future"),
     ],
 )

@@ -307,7 +307,7 @@ def test_twins_are_told_apart() -> None:
         "g (float[4] x) => (float[4] y) { a = Relu (x)  b = Relu (x)  y = Add (a, b) }"
     )
     one, other = model.nodes("Relu")
-    one.name = other.name = ""
+    one.name = other.name = one.outputs[0].name = other.outputs[0].name = "twin"
     other.inputs.clear()
     assert one != other
     assert [n is one for n in model.graph.inputs[0].outputs] == [True]
