@@ -40,7 +40,7 @@ Feed = Mapping[str, NDArray[Any]]
 SAMPLE = 2048  # values of a tensor that one sample adds to its histogram
 WHOLE = 1 << 17  # values up to which a tensor is fetched (measured: bench_calibration.py)
 CHUNK = 8  # samples in one work item of an executor
-BUFFER = 1 << 16  # values kept before they are counted
+BUFFER = 1 << 15  # values kept before they are counted
 ROWS = 32  # rows that a reduction in the graph leaves, about
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
 

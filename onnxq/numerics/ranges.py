@@ -261,7 +261,8 @@ def _divergence(density: Density, negative: Array, positive: Array, step: Array)
         kl += (outermost + outside) * np.log((outermost + outside) / outermost)
         clipped += outside
     kl -= _plogp(np.maximum(centre, 0), centre_width)
-    return kl / total + np.log(np.maximum(1 - clipped / total, 1 / total))
+    result: Array = kl / total + np.log(np.maximum(1 - clipped / total, 1 / total))
+    return result
 
 
 def _zeros(density: Density) -> float:
@@ -276,7 +277,8 @@ def _plogp(mass: Array, width: Array) -> Array:
     """Mass * log(mass / width), 0 where there is none."""
     some = (mass > 0) & (width > 0)
     ratio = np.divide(mass, width, out=np.ones_like(mass), where=some)
-    return np.asarray(mass * np.log(ratio))
+    result: Array = mass * np.log(ratio)
+    return result
 
 
 def weight_range(
