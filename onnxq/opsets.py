@@ -34,8 +34,6 @@ def convert(proto: onnx.ModelProto, old: int, new: int) -> onnx.ModelProto:
             f"opset {new} is newer than onnx {onnx.__version__} knows; install a newer onnx"
         )
     proto.ir_version = max(proto.ir_version, 8)  # below, it wants initializers listed as inputs
-    proto.ClearField("functions")
-    proto.ClearField("training_info")
     used = set()
     for node in _nodes(proto.graph):
         if node.domain in DEFAULT_DOMAIN:

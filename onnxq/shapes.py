@@ -37,19 +37,16 @@ def symbols(graph: gs.Graph) -> set[str]:
     return {dim for shape in shapes for dim in shape if isinstance(dim, str)}
 
 
-def take_types(
-    graph: gs.Graph, proto: onnx.GraphProto, merge: Merge, known: set[str], *, inputs: bool = False
-) -> None:
+def take_types(graph: gs.Graph, proto: onnx.GraphProto, merge: Merge, known: set[str]) -> None:
     """Merge the types of an inferred proto into the graph it was exported from.
 
     Names that inference makes up for dimensions (not in `known`) differ from run to run and are
-    not taken. The main graph's inputs are as declared; those of bodies (`inputs`) are inferred.
+    not taken.
     """
     infos = {i.name: i.type for i in (*proto.input, *proto.output, *proto.value_info)}
-    fixed = set() if inputs else {id(t) for t in graph.inputs}
     for name, tensor in local_tensors(graph).items():
         info = infos.get(name)
-        if info is None or not isinstance(tensor, gs.Variable) or id(tensor) in fixed:
+        if info is None or not isinstance(tensor, gs.Variable):
             continue
         dtype, shape = type_of(info)
         if shape is not None:
@@ -61,7 +58,7 @@ def take_types(
         protos: list[Any] = [a.g for a in inferred.attribute if a.HasField("g")]
         protos += [g for a in inferred.attribute for g in a.graphs]
         for body, inner in zip(bodies_of(node), protos, strict=False):
-            take_types(body, inner, merge, known, inputs=True)
+            take_types(body, inner, merge, known)
 
 
 def same_types(source: gs.Graph, target: gs.Graph) -> None:

@@ -13,6 +13,7 @@ import onnxruntime as ort
 import pytest
 from numpy.typing import NDArray
 from onnx import AttributeProto, TensorProto, helper, numpy_helper, parser
+from onnx_graphsurgeon.util.exception import OnnxGraphSurgeonException
 
 from onnxq.errors import ModelError
 from onnxq.model import Model, producer, readers, values_of
@@ -208,9 +209,9 @@ def test_ai_onnx_is_the_default_domain() -> None:
 
 
 def test_graphsurgeon_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
-    proto = documented()
-    proto.graph.node[2].name = proto.graph.node[1].name
-    Model.from_proto(proto).to_proto()
+    Model.from_proto(documented()).to_proto()
+    with pytest.raises(OnnxGraphSurgeonException):
+        gs.Constant("no array", 1.0)
     assert capfd.readouterr() == ("", "")
 
 
@@ -242,8 +243,12 @@ def test_a_new_initializer_raises_ir_3_and_lists_none() -> None:
     onnx.checker.check_model(proto, full_check=True)
 
 
-def test_raising_the_opset_of_an_ir_3_model_lists_no_initializers() -> None:
-    model = Model.from_proto(parser.parse_model(IR3))
+@pytest.mark.parametrize("listed", [True, False])
+def test_raising_the_opset_of_an_ir_3_model_lists_no_initializers(listed: bool) -> None:
+    proto = parser.parse_model(IR3)
+    if not listed:  # against the rules, and seen
+        del proto.graph.input[1]
+    model = Model.from_proto(proto)
     model.raise_opset(17)
     proto = model.to_proto()
     assert proto.ir_version >= 8
@@ -360,6 +365,22 @@ def test_types_follow_an_edit() -> None:
     assert node_of(model, "Exp").outputs[0].shape == [384, 2]
     proto = model.to_proto()
     assert [d.dim_value for d in proto.graph.input[0].type.tensor_type.shape.dim] == [3, 4]
+
+
+def test_types_follow_an_edit_against_what_was_declared() -> None:
+    model = model_of("g (float[N] x) => (float[N] y) { y = Neg (x) }")
+    x, y = model.graph.inputs[0], model.graph.outputs[0]
+    x.dtype, x.shape = np.dtype(np.float16), [3]
+    model.infer_shapes()
+    assert (y.dtype, y.shape) == (np.float16, [3])
+    assert (x.dtype, x.shape) == (np.float16, [3])
+
+
+def test_the_inputs_of_bodies_are_inferred() -> None:
+    model = model_of("""g (float[5,4] x) => (y) {
+        y = Scan <num_scan_inputs = 1, body = b (i) => (o) { o = Neg (i) }> (x) }""")
+    (i,) = node_of(model, "Neg").inputs
+    assert (i.dtype, i.shape) == (np.float32, [4])
 
 
 def test_documented_types_that_a_pass_changed_are_not_written() -> None:
@@ -602,6 +623,20 @@ def test_replace_refuses_what_cannot_be_done(new: str) -> None:
     assert model.to_proto() == before
 
 
+def test_inputs_and_constants_may_be_outputs_and_stay_so() -> None:
+    proto = text(
+        "g (float[2] x) => (float[2] x, float[2] w, float[2] y) <float[2] w = {1,2}>"
+        " { y = Neg (x)  h = Abs (x) }"
+    )
+    assert_lossless(proto)
+    model = Model.from_proto(proto)
+    for tensor in model.graph.outputs[:2]:
+        with pytest.raises(ValueError, match="is a graph output"):
+            model.replace(tensor, node_of(model, "Abs").outputs[0])
+    model.sweep()
+    assert [t.name for t in model.to_proto().graph.initializer] == ["w"]
+
+
 def test_replace_does_not_reach_out_of_a_body() -> None:
     model = model_of(BODIES)
     a, h = node_of(model, "Abs").outputs[0], node_of(model, "Add").outputs[0]
@@ -710,7 +745,6 @@ def test_raising_the_opset_keeps_values_and_documentation() -> None:
 
 def test_raising_the_opset_carries_what_the_converter_does_not_know() -> None:
     proto = documented()
-    proto.ClearField("training_info")
     proto.graph.ClearField("sparse_initializer")
     model = Model.from_proto(proto)
     model.raise_opset(18)
@@ -720,6 +754,7 @@ def test_raising_the_opset_carries_what_the_converter_does_not_know() -> None:
     assert after.graph.node[1].doc_string == "node doc"
     assert after.graph.node[1].overload == "version2"
     assert after.functions == proto.functions
+    assert after.training_info == proto.training_info
     assert after.metadata_props == proto.metadata_props
     assert after.graph.quantization_annotation == proto.graph.quantization_annotation
     assert after.graph.value_info == proto.graph.value_info
