@@ -309,7 +309,7 @@ def instrument(
         for t in model.graph.tensors().values()
         if t.dtype is not None
     }
-    shapes = _shapes_for(proto, first, types)
+    shapes = model.shapes_for({name: np.shape(values) for name, values in first.items()})
     opset = max(o.version for o in proto.opset_import if o.domain in ("", "ai.onnx"))
     graph.ClearField("output")
     extra = Observations(graph, opset)
@@ -340,37 +340,6 @@ def _dims(kind: Any) -> list[int | None] | None:
         return None
     return [d.dim_value if d.HasField("dim_value") else None for d in kind.shape.dim]
 
-
-def _shapes_for(
-    proto: onnx.ModelProto, feed: Feed, types: Mapping[str, Any]
-) -> dict[str, list[int]]:
-    """Infer the shapes that all tensors have for this sample, as far as possible."""
-    shapes = {name: dims for name, kind in types.items() if (dims := _dims(kind)) is not None}
-    if any(None in dims for dims in shapes.values()):
-        skeleton = onnx.ModelProto()
-        skeleton.CopyFrom(proto)
-        skeleton.graph.ClearField("value_info")
-        for value in skeleton.graph.output:
-            value.type.tensor_type.ClearField("shape")
-        for value in skeleton.graph.input:
-            if value.name in feed:
-                shape = value.type.tensor_type.shape
-                shape.ClearField("dim")
-                for size in np.shape(feed[value.name]):
-                    shape.dim.add().dim_value = size
-        try:
-            inferred = onnx.shape_inference.infer_shapes(skeleton, data_prop=True).graph
-        except Exception:  # a sample that does not fit the model: the run says so
-            return {}
-        for value in (*inferred.value_info, *inferred.output):
-            dims = _dims(value.type.tensor_type)
-            if dims is not None:
-                shapes[value.name] = dims
-    return {
-        name: [d for d in dims if d is not None]
-        for name, dims in shapes.items()
-        if None not in dims
-    }
 
 
 def _fetching(proto: onnx.ModelProto, plan: Plan) -> onnx.ModelProto:

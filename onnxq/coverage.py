@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from math import prod
 
 import onnx_graphsurgeon as gs
 
 from onnxq.model import Model, producer
-from onnxq.passes.ops import OPS, is_constant, weight_input
+from onnxq.passes.ops import OPS
 
+Shapes = Mapping[str, Sequence[int]]
 RECURRENT = ("LSTM", "GRU", "RNN")
 
 
@@ -39,9 +41,12 @@ class Coverage:
         return self.quantized_weight_bytes / self.weight_bytes if self.weight_bytes else 0.0
 
 
-def coverage(model: Model) -> Coverage:
-    """Measure a model as it is, quantized or not; bodies of control flow included."""
-    work = macs(model)
+def coverage(model: Model, shapes: Shapes | None = None) -> Coverage:
+    """Measure a model as it is, quantized or not; bodies of control flow included.
+
+    shapes: as for `macs`.
+    """
+    work = macs(model, shapes)
     layers = [node for node in model.nodes() if id(node) in work]
     integer = {id(node) for node in layers if is_integer(node)}
     total = sum(work.values())
@@ -91,36 +96,41 @@ def _stored(tensor: gs.Constant) -> bool | None:
     return None
 
 
-def macs(model: Model) -> dict[int, float]:
-    """Multiply-accumulates of each layer by node id, from static shapes; unknown sizes count as 1."""
-    return {id(node): count for node in model.nodes() if (count := _macs(node)) is not None}
+def macs(model: Model, shapes: Shapes | None = None) -> dict[int, float]:
+    """Multiply-accumulates of each layer, by node id.
+
+    shapes: of tensors by name, where they are better known than to the model (for one sample);
+    sizes that nobody knows count as 1.
+    """
+    known = shapes or {}
+    return {
+        id(node): _size(_shape(node.outputs[0], known)) * products(node, known)
+        for node in model.nodes()
+        if node.op in RECURRENT or (node.op in OPS and OPS[node.op].role == "linear")
+    }
 
 
-def _macs(node: gs.Node) -> float | None:
-    if node.op in RECURRENT:
-        sizes = [prod(t.shape) for t in node.inputs[1:3] if is_constant(t)]
-        steps = _size(node.inputs[0], slice(0, 2))
-        return steps * sum(sizes) if sizes else None
-    if node.op not in OPS or OPS[node.op].role != "linear":
-        return None
-    index = weight_input(node)
-    weight = node.inputs[1 if index is None else index]
-    if weight.shape is None:
-        return None
+def products(node: gs.Node, shapes: Shapes) -> float:
+    """Multiply-accumulates for each element of the layer's (first) output."""
+    weight = _shape(node.inputs[1], shapes)
+    if node.op in RECURRENT:  # W is [directions, gates, inputs], R is [directions, gates, hidden]
+        recurrence = _shape(node.inputs[2], shapes)
+        hidden = _size(recurrence[-1:])
+        return (_size(weight[1:]) + _size(recurrence[1:])) / hidden
     if node.op == "Conv":
-        return _size(node.outputs[0]) * prod(_known(weight.shape[1:]))
+        return _size(weight[1:])
     if node.op == "ConvTranspose":
-        return _size(node.inputs[0]) * prod(_known(weight.shape[1:]))
-    left = node.inputs[0].shape
-    if left is None or not left:
-        return None
-    inner = left[0] if node.op == "Gemm" and node.attrs.get("transA", 0) else left[-1]
-    return _size(node.outputs[0]) * (inner if isinstance(inner, int) else 1)
+        pixels = _size(_shape(node.inputs[0], shapes)[2:]) / _size(_shape(node.outputs[0], shapes)[2:])
+        return _size(weight[:1] + weight[2:]) / node.attrs.get("group", 1) * pixels
+    left = _shape(node.inputs[0], shapes)
+    if not left:
+        return 1.0
+    return _size([left[0] if node.op == "Gemm" and node.attrs.get("transA", 0) else left[-1]])
 
 
-def _size(tensor: gs.Tensor, part: slice = slice(None)) -> float:
-    return float(prod(_known(tensor.shape[part]))) if tensor.shape else 1.0
+def _shape(tensor: gs.Tensor, shapes: Shapes) -> list[int | str]:
+    return list(shapes.get(tensor.name) or tensor.shape or ())
 
 
-def _known(shape: list[int | str]) -> list[int]:
-    return [d if isinstance(d, int) and d > 0 else 1 for d in shape]
+def _size(shape: Sequence[int | str]) -> float:
+    return float(prod(d if isinstance(d, int) and d > 0 else 1 for d in shape))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import ChainMap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import chain
@@ -285,6 +285,32 @@ class Model:
         except Exception:  # whatever C++ throws: what is not known stays unknown
             return
         take_types(self.graph, inferred.graph, merge, known)
+
+    def shapes_for(self, inputs: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
+        """Shapes of the main graph's tensors, by name, when its inputs have the given ones.
+
+        Tensors whose shape cannot be inferred, or not wholly, are left out.
+        """
+        proto = self._export(Placeholders(), infer=True)
+        proto.ir_version = max(proto.ir_version, 8)
+        proto.graph.ClearField("value_info")
+        for value in proto.graph.output:
+            value.type.tensor_type.ClearField("shape")
+        for value in proto.graph.input:
+            if value.name in inputs:
+                shape = value.type.tensor_type.shape
+                shape.ClearField("dim")
+                shape.dim.extend(onnx.TensorShapeProto.Dimension(dim_value=d) for d in inputs[value.name])
+        try:
+            graph = onnx.shape_inference.infer_shapes(proto, data_prop=True).graph
+        except Exception:  # whatever C++ throws: inputs that do not fit say so when they are run
+            return {}
+        known = {}
+        for value in (*graph.input, *graph.value_info, *graph.output):
+            kind = value.type.tensor_type
+            if kind.HasField("shape") and all(d.HasField("dim_value") for d in kind.shape.dim):
+                known[value.name] = [d.dim_value for d in kind.shape.dim]
+        return known
 
     def graphs(self) -> list[gs.Graph]:
         """The main graph and all bodies of control flow, outermost first."""

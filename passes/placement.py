@@ -1,8 +1,10 @@
 """Where Q/DQ go: decided once, on the whole graph, from the target and the OPS table.
 
-Linear layers are quantized wherever the target can. Everything between them (elementwise operators,
-pooling, data movement) joins only where that keeps a chain in integers: some input already comes in
-integers, and something behind it wants integers. What is left is a list of *tensors* to quantize.
+Everything between linear layers (elementwise operators, pooling, data movement) joins only where
+that keeps a chain in integers: some input already comes in integers, and something behind it wants
+integers. Where the target says what things cost, the rest is a minimum cut: each node costs one thing
+in floats and another in integers, and a tensor between the two costs a QuantizeLinear or
+DequantizeLinear. What is left is a list of *tensors* to quantize.
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnxq.core import Note, Skip
+from onnxq.mincut import INFINITE, Network
 from onnxq.model import Model, readers, values_of
+from onnxq.passes.costs import Shapes, node_ns, size
 from onnxq.passes.ops import (
     OPS,
     activation_inputs,
@@ -22,7 +26,7 @@ from onnxq.passes.ops import (
     is_constant,
     weight_input,
 )
-from onnxq.targets import OpRule, Target
+from onnxq.targets import Costs, OpRule, Target
 
 RULE = "quantize_static"
 
@@ -49,10 +53,11 @@ class Placement:
         return [*self.produced.values(), *self.read.values()]
 
 
-def place(model: Model, target: Target, floats: Mapping[int, str]) -> Placement:
+def place(model: Model, target: Target, floats: Mapping[int, str], shapes: Shapes) -> Placement:
     """Decide which nodes of the main graph run in integers.
 
-    floats: node id -> why that node has to stay float, found by the caller's rules.
+    floats: node id -> why that node has to stay float, found by the caller's rules. shapes: of
+    tensors by name, as one sample has them.
     """
     chosen: dict[int, gs.Node] = {}
     declined: list[Note] = []
@@ -73,7 +78,7 @@ def place(model: Model, target: Target, floats: Mapping[int, str]) -> Placement:
                 declined.append(Note(RULE, node.name, str(reason), changed=False))
         else:
             chosen[id(node)] = node
-    return _Chooser(model, target, chosen).placement(declined)
+    return _Chooser(model, target, chosen, shapes).placement(declined)
 
 
 def check(node: gs.Node, rule: OpRule) -> None:
@@ -137,8 +142,10 @@ def _check_bias(node: gs.Node, bias: gs.Tensor) -> None:
 class _Chooser:
     """The greatest set of nodes in which every one has a reason to be there."""
 
-    def __init__(self, model: Model, target: Target, chosen: dict[int, gs.Node]) -> None:
-        self.model, self.target, self.chosen = model, target, chosen
+    def __init__(
+        self, model: Model, target: Target, chosen: dict[int, gs.Node], shapes: Shapes
+    ) -> None:
+        self.target, self.chosen, self.shapes = target, chosen, shapes
         self.outputs = {id(t) for t in model.graph.outputs}
         self.clamps: dict[int, gs.Node] = {}
         for node in chosen.values():
@@ -146,9 +153,10 @@ class _Chooser:
                 self.clamps[id(node)] = clamp
 
     def placement(self, declined: list[Note]) -> Placement:
-        while idle := [k for k, node in self.chosen.items() if not self.is_useful(node)]:
-            for key in idle:
-                del self.chosen[key]
+        self.prune()
+        if self.target.costs is not None:
+            declined += self.cut(self.target.costs)
+            self.prune()
         produced = {id(t): t for n in self.chosen.values() if self.writes(n) for t in self.ends(n)}
         read = {
             id(n.inputs[i]): n.inputs[i]
@@ -161,11 +169,57 @@ class _Chooser:
             self.chosen, produced, read, self.sources(), clamps, tuple(declined)
         )
 
+    def prune(self) -> None:
+        while idle := [k for k, node in self.chosen.items() if not self.is_useful(node)]:
+            for key in idle:
+                del self.chosen[key]
+
+    def cut(self, costs: Costs) -> list[Note]:
+        """Leave float what integers would not make faster, conversions counted."""
+        network = Network()
+        for key, node in self.chosen.items():
+            in_floats, in_integers = node_ns(node, costs, self.shapes)
+            network.add("integers", key, in_floats)
+            network.add(key, "floats", in_integers)
+        tensors = {
+            id(t): t
+            for node in self.chosen.values()
+            for t in (*(node.inputs[i] for i in activation_inputs(node)), *self.ends(node))
+            if not is_constant(t)
+        }
+        for key, tensor in tensors.items():
+            self.add_conversions(network, key, tensor, costs)
+        kept = network.cut("integers", "floats")
+        dropped = [n for k, n in self.chosen.items() if k not in kept and OPS[n.op].role != "table"]
+        for node in dropped:
+            del self.chosen[id(node)]
+        text = f"floats are faster here on {self.target.name}, conversions counted"
+        return [
+            Note(RULE, n.name, text, changed=False) for n in dropped if OPS[n.op].role == "linear"
+        ]
+
+    def add_conversions(
+        self, network: Network, key: int, tensor: gs.Tensor, costs: Costs
+    ) -> None:
+        """One QuantizeLinear if an integer node reads what a float node made; and the reverse."""
+        maker = self.maker(tensor)
+        is_fixed = maker is None or OPS[maker.op].role == "table"
+        source = "floats" if is_fixed else id(maker)
+        elements = size(tensor, self.shapes)
+        integers = [id(node) for node, i in readers(tensor) if self.takes(node, i)]
+        others = id(tensor) in self.outputs or len(integers) < sum(1 for _ in readers(tensor))
+        for reader in integers:
+            network.add(reader, ("quantize", key), INFINITE)
+        network.add(("quantize", key), source, costs.float_node + costs.quantize * elements)
+        if is_fixed or self.target.operators[maker.op].output == "any":
+            return
+        network.add(source, ("dequantize", key), costs.float_node + costs.dequantize * elements)
+        for reader in integers + (["floats"] if others else []):
+            network.add(("dequantize", key), reader, INFINITE)
+
     def is_useful(self, node: gs.Node) -> bool:
         if OPS[node.op].role in ("linear", "table"):
             return True
-        if OPS[node.op].role == "absorb":
-            return False
         fed = any(self.feeds(node, node.inputs[i]) for i in activation_inputs(node))
         return fed and any(self.is_read(t) for t in self.ends(node))
 

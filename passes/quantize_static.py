@@ -76,14 +76,16 @@ class QuantizeStatic:
         target = self.target
         if model.opset < 13:  # DequantizeLinear has no axis there
             target = replace(target, weights=replace(target.weights, granularity=PerTensor()))
-        floats = graph_rules(model, macs(model))
-        placement = place(model, target, floats)
+        first = next(iter(self.samples))
+        shapes = model.shapes_for({name: np.shape(values) for name, values in first.items()})
+        floats = graph_rules(model, macs(model, shapes))
+        placement = place(model, target, floats, shapes)
         statistics = self._statistics(model, placement)
         declined: list[Note] = []
         while more := range_rules(placement, statistics):
             declined += [Note(RULE, placement.nodes[key].name, text, changed=False) for key, text in more.items()]
             floats |= more
-            placement = place(model, target, floats)
+            placement = place(model, target, floats, shapes)
         ranges = self._params(model, placement, statistics)
         notes = _Editor(model, target, ranges, self.weight_range).edit(placement)
         model.sweep()

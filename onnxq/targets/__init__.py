@@ -29,8 +29,42 @@ class OpRule:
 
 
 @dataclass(frozen=True, slots=True)
+class Rate:
+    """Nanoseconds of one operator; `onnxq.passes.costs` says how they are put together."""
+
+    float_element: float = 0.0
+    float_mac: float = 0.0
+    float_rows: float = 0.0
+    integer_element: float = 0.0
+    integer_mac: float = 0.0
+    integer_rows: float = 0.0
+    patch: float = 0.0
+    narrow: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """What things cost on a target, in nanoseconds, measured; only ratios matter.
+
+    float_node, integer_node: for a node, whatever its size. quantize, dequantize: an element that
+    changes between floats and integers, the change of memory layout included. block: channels that
+    one vector holds.
+    """
+
+    float_node: float
+    integer_node: float
+    quantize: float
+    dequantize: float
+    block: int
+    operators: Mapping[str, Rate]
+
+
+@dataclass(frozen=True, slots=True)
 class Target:
-    """A runtime: number formats, and the operators that it runs in integers."""
+    """A runtime: number formats, the operators that it runs in integers, and what that costs.
+
+    Without costs, every operator that can run in integers does.
+    """
 
     name: str
     description: str
@@ -38,6 +72,7 @@ class Target:
     weights: QuantScheme
     operators: Mapping[str, OpRule]
     opset: int = 13
+    costs: Costs | None = None
 
 
 def names() -> list[str]:
@@ -69,7 +104,15 @@ def _target(name: str, table: dict[str, Any]) -> Target:
     weights = table.pop("weights")
     per_channel = weights.pop("per_channel")
     scheme = QuantScheme(granularity=PerChannel() if per_channel else PerTensor(), **weights)
+    if "costs" in table:
+        table["costs"] = _costs(table["costs"])
     return Target(name=name, activations=activations, weights=scheme, operators=operators, **table)
+
+
+def _costs(table: dict[str, Any]) -> Costs:
+    numbers = {k: v for k, v in table.items() if not isinstance(v, dict)}
+    rates = {k: Rate(**v) for k, v in table.items() if isinstance(v, dict)}
+    return Costs(operators=rates, **numbers)
 
 
 def _rule(op: str, row: dict[str, Any]) -> OpRule:
