@@ -144,6 +144,10 @@ class Model:
             raise ModelError("the model is over 2 GiB, too large for one proto: save it to a file")
         return self._export(inline)
 
+    def skeleton(self) -> onnx.ModelProto:
+        """The model as a proto with placeholders for large weights: cheap, not to be run."""
+        return self._export(Placeholders(), infer=True)
+
     def _export(self, put: Put, *, infer: bool = False) -> onnx.ModelProto:
         self._check_connected()
         placed = place(self.graph)

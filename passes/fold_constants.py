@@ -1,0 +1,163 @@
+"""Compute at once what depends on constants only.
+
+    y = f(c1, c2)    =>    y is an initializer
+
+Constant nodes become initializers, and so does the Shape of a tensor whose shape is known. All that
+can be computed is computed by onnxruntime, in one session.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from onnx import numpy_helper
+
+from onnxq import runtime
+from onnxq.core import Note
+from onnxq.errors import ModelError
+from onnxq.model import Model, readers, values_of
+
+NAME = "fold_constants"
+RANDOM = "RandomNormal RandomNormalLike RandomUniform RandomUniformLike Multinomial Bernoulli Dropout"
+CONTROL = "If Loop Scan SequenceMap"
+# What unpacks quantized weights at load or in kernels: folding would undo the quantization.
+QUANTIZED = "QuantizeLinear DequantizeLinear DynamicQuantizeLinear"
+NEVER = frozenset(f"{RANDOM} {CONTROL} {QUANTIZED}".split())
+LARGE = 1 << 20  # bytes; results above that must not be larger than what they are made of
+WEIGHT = 64  # elements; from here on small integers are taken for a quantized weight
+
+
+class FoldConstants:
+    """Replace nodes of the main graph whose inputs are all constant; and all Constant nodes."""
+
+    name = NAME
+
+    def __repr__(self) -> str:
+        return NAME
+
+    def __call__(self, model: Model, /) -> Sequence[Note]:
+        """Fold in place; returns a note for each node, and for each result that would be too large."""
+        notes = [note for node in model.nodes("Constant") if (note := _unwrap(model, node))]
+        notes += [n for node in model.nodes("Shape", "Size") if (n := _static(model, node))]
+        chosen, declined = _foldable(model)
+        if chosen:
+            notes += _evaluate(model, chosen)
+        if notes:
+            model.sweep()
+        return [*notes, *declined]
+
+
+def _unwrap(model: Model, node: gs.Node) -> Note | None:
+    values = values_of(node.outputs[0])
+    if values is None or model.is_output(node.outputs[0]):
+        return None
+    _settle(node.outputs[0], values)
+    return Note(NAME, node.name, "a constant, now an initializer")
+
+
+def _static(model: Model, node: gs.Node) -> Note | None:
+    shape, out = node.inputs[0].shape, node.outputs[0]
+    if shape is None or not all(isinstance(d, int) for d in shape) or model.is_output(out):
+        return None
+    if node.op == "Size":
+        values = np.array(prod(shape), np.int64)
+    else:
+        values = np.array(shape, np.int64)[node.attrs.get("start", 0) : node.attrs.get("end", None)]
+    _settle(out, values)
+    return Note(NAME, node.name, f"{node.op} of a tensor whose shape is known")
+
+
+def _settle(tensor: gs.Tensor, values: np.ndarray) -> None:
+    """Let all that reads the tensor read a constant of the same name."""
+    constant = gs.Constant(tensor.name, values)
+    for reader, i in list(readers(tensor)):
+        reader.inputs[i] = constant
+    tensor.inputs.clear()
+
+
+def _foldable(model: Model) -> tuple[list[gs.Node], list[Note]]:
+    """Nodes that depend on constants only, in order; and those left for their size."""
+    known: dict[int, int] = {}  # id of a tensor that will be known -> bytes
+    chosen, declined = [], []
+    for node in model.graph.nodes:
+        sizes = [
+            _bytes(t) if isinstance(t, gs.Constant) else known.get(id(t))
+            for t in node.inputs
+            if t.name
+        ]
+        if any(s is None for s in sizes) or not _may_fold(model, node):
+            continue
+        results = [_expected(t) for t in node.outputs]
+        if sum(results) > max(LARGE, sum(s or 0 for s in sizes)):
+            text = f"its result would take {sum(results) / 1e6:.1f} MB in the file"
+            declined.append(Note(NAME, node.name, text, changed=False))
+            continue
+        chosen.append(node)
+        known |= {id(t): size for t, size in zip(node.outputs, results, strict=True)}
+    return chosen, declined
+
+
+def _may_fold(model: Model, node: gs.Node) -> bool:
+    if node.domain or node.op in NEVER or node.op.startswith(("Sequence", "Optional")):
+        return False
+    if any(isinstance(value, gs.Graph) for value in node.attrs.values()):
+        return False
+    if any(model.is_output(t) for t in node.outputs) or not node.outputs:
+        return False
+    return not any(isinstance(t, gs.Constant) and _is_packed(t) for t in node.inputs)
+
+
+def _is_packed(constant: gs.Constant) -> bool:
+    """Whether the constant looks like a weight stored in few bits."""
+    name = str(constant.dtype)
+    is_narrow = name.endswith(("int8", "int4", "int2")) or name.startswith("float8")
+    return is_narrow and prod(constant.shape) >= WEIGHT
+
+
+def _bytes(constant: gs.Constant) -> int:
+    return int(prod(constant.shape) * getattr(np.dtype(constant.dtype), "itemsize", 1))
+
+
+def _expected(tensor: gs.Tensor) -> int:
+    """Bytes, as far as the shape is known."""
+    if tensor.shape is None or tensor.dtype is None:
+        return 0
+    sizes = [d if isinstance(d, int) else 1 for d in tensor.shape]
+    return int(prod(sizes) * np.dtype(tensor.dtype).itemsize)
+
+
+def _evaluate(model: Model, chosen: list[gs.Node]) -> list[Note]:
+    made = {id(t) for node in chosen for t in node.outputs}
+    inside = {id(node) for node in chosen}
+    needed = {
+        t.name: t
+        for node in chosen
+        for t in node.outputs
+        if t.name and any(id(reader) not in inside for reader in t.outputs)
+    }
+    weights = {
+        t.name: t for node in chosen for t in node.inputs if t.name and id(t) not in made
+    }
+    proto = model.skeleton()
+    names = {node.name for node in chosen}
+    nodes = [node for node in proto.graph.node if node.name in names]
+    graph = onnx.helper.make_graph(nodes, "constants", [], [onnx.ValueInfoProto(name=n) for n in needed])
+    for name, tensor in weights.items():
+        graph.initializer.append(numpy_helper.from_array(np.asarray(values_of(tensor)), name))
+    proto.graph.CopyFrom(graph)
+    proto.ClearField("functions")
+    proto.ir_version = max(proto.ir_version, 4)  # before that, initializers had to be inputs
+    try:
+        results = runtime.session(proto, optimize="off").run(list(needed), {})
+    except (ModelError, RuntimeError, ValueError) as e:
+        return [Note(NAME, chosen[0].name, f"cannot be computed: {runtime.one_line(e)}", changed=False)]
+    for tensor, value in zip(needed.values(), results, strict=True):
+        _settle(tensor, np.asarray(value))
+    return [Note(NAME, node.name, f"{node.op} of constants") for node in chosen]
+
+
+fold_constants = FoldConstants()

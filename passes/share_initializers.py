@@ -1,0 +1,58 @@
+"""Store equal initializers once: the same type, shape and bytes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from onnxq.core import Note
+from onnxq.model import Model, readers, values_of
+
+SMALLEST = 16  # bytes: sharing single numbers gains nothing and makes graphs hard to read
+
+
+class ShareInitializers:
+    """Initializers of the main graph and, where they equal one of those, of bodies; no options."""
+
+    name = "share_initializers"
+
+    def __repr__(self) -> str:
+        return self.name
+
+    def __call__(self, model: Model, /) -> Sequence[Note]:
+        """Share in place; a note for each initializer that went. Hashes first, holds no copies."""
+        outputs = {id(t) for graph in model.graphs() for t in graph.outputs}
+        kept: dict[tuple[str, tuple[int, ...], bytes], gs.Constant] = {}
+        notes = []
+        for graph in model.graphs():
+            for tensor in graph.tensors().values():
+                if not isinstance(tensor, gs.Constant) or id(tensor) in outputs:
+                    continue
+                digest = _digest(tensor)
+                if digest is None:
+                    continue
+                first = kept.get(digest)
+                if first is None:
+                    if graph is model.graph:
+                        kept[digest] = tensor
+                elif first is not tensor and tensor.outputs:
+                    for node, i in list(readers(tensor)):
+                        node.inputs[i] = first
+                    notes.append(Note(self.name, tensor.name, f"the same as {first.name}"))
+        if notes:
+            model.sweep()
+        return notes
+
+
+def _digest(tensor: gs.Constant) -> tuple[str, tuple[int, ...], bytes] | None:
+    values = values_of(tensor)
+    if values is None or values.dtype.kind == "O" or values.nbytes < SMALLEST:
+        return None
+    data = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+    return str(values.dtype), tuple(values.shape), hashlib.sha256(data).digest()
+
+
+share_initializers = ShareInitializers()
