@@ -31,7 +31,8 @@ def text() -> str:
         module = importlib.import_module(name)
         members = [m for _, m in sorted(inspect.getmembers(module), key=lambda pair: pair[0])]
         for thing in (module, *members):
-            if getattr(thing, "__module__", name).split(".")[0] == name.split(".")[0]:
+            home = getattr(thing, "__module__", None) or name
+            if home.split(".")[0] == name.split(".")[0]:
                 pieces[inspect.getdoc(thing) or ""] = None
                 if inspect.isclass(thing):
                     pieces |= {inspect.getdoc(m) or "": None for m in vars(thing).values()}

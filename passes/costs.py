@@ -14,8 +14,8 @@ from math import prod
 
 import onnx_graphsurgeon as gs
 
-from onnxq.coverage import Shapes, products
 from onnxq.passes.ops import OPS
+from onnxq.passes.work import Shapes, products
 from onnxq.targets import Costs, Rate
 
 

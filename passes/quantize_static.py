@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 
 from onnxq.calibration import calibrate, load_calibration, save_calibration
 from onnxq.core import Note
-from onnxq.coverage import macs
 from onnxq.data import Samples
 from onnxq.errors import DataError
 from onnxq.model import Model, values_of
@@ -37,6 +36,7 @@ from onnxq.passes.ops import (
 )
 from onnxq.passes.placement import RULE, Placement, place
 from onnxq.passes.sensitive import graph_rules, range_rules
+from onnxq.passes.work import macs
 from onnxq.schemes import PerChannel, PerTensor, QParams, QuantScheme, quantize_weight
 from onnxq.statistics import Histogram
 from onnxq.targets import Target
@@ -94,7 +94,7 @@ class QuantizeStatic:
     def _statistics(self, model: Model, placement: Placement) -> Mapping[str, Histogram]:
         wanted = {name for sources in placement.sources.values() for name in sources}
         if self.calibration is not None and self.calibration.exists():
-            found = load_calibration(self.calibration)
+            found, _ = load_calibration(self.calibration)
             if missing := sorted(wanted - found.keys()):
                 raise DataError(
                     f"{self.calibration}: has no statistics of {missing[0]!r}: it was made from another "

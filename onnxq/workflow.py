@@ -1,0 +1,295 @@
+"""The jobs of the command line as functions: optimize, inspect, compare."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from onnxq import runtime
+from onnxq.core import Note, Pipeline
+from onnxq.coverage import coverage
+from onnxq.data import Samples, Spec, open_samples
+from onnxq.errors import BudgetError, ModelError
+from onnxq.model import Model
+from onnxq.passes.placement import place
+from onnxq.passes.sensitive import graph_rules
+from onnxq.passes.work import macs
+from onnxq.recipes import load_recipe, plan
+from onnxq.report import Comparison, Inspection, Report
+from onnxq.synthetic import synthetic_samples
+from onnxq.targets import load_target
+from onnxq.validation import compare as compare_outputs
+from onnxq.validation import layer_fidelity
+
+PathLike = str | os.PathLike[str]
+ModelLike = PathLike | Model | onnx.ModelProto
+Progress = Callable[[str, int, int], None]  # stage, done, total
+
+SYNTHETIC = 32  # samples drawn when there is no data
+HELD_OUT = 256  # at most so many samples are kept from calibration
+COMPARE_SECONDS, TIME_SECONDS = 5.0, 3.0
+LAYERS_SAMPLES = 2
+
+
+def load(model: ModelLike) -> Model:
+    """Load a model from a file, or wrap one that is in memory.
+
+    Raises ModelError when it is not a model that can be read.
+    """
+    if isinstance(model, Model):
+        return model
+    return Model.from_proto(model) if isinstance(model, onnx.ModelProto) else Model.load(model)
+
+
+def optimize(
+    model: ModelLike,
+    output: PathLike | None = None,
+    *,
+    data: Spec | None = None,
+    recipe: str = "int8",
+    target: str = "ort-cpu",
+    calibration: PathLike | None = None,
+    min_sqnr: float | None = None,
+    validate: bool = True,
+    allow_unchanged: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Optimize a model by a recipe for a target, compare it with the original, and write it.
+
+    data: see `onnxq.data.open_samples`; synthetic samples without. The last quarter of 8 or more
+    samples is kept from calibration and used for the comparison. calibration: a file; re-used when it
+    is there, written when not. min_sqnr: dB that every output must reach. output None, or dry_run:
+    nothing is written.
+
+    Raises OnnxqError: ModelError, DataError, RecipeError for what cannot be used; BudgetError when
+    min_sqnr is missed or nothing was quantized (nothing is written then).
+    """
+    job = _Job(progress)
+    with job.stage("load"):
+        original = model if isinstance(model, str | os.PathLike) else load(model).copy()
+        edited = load(original).copy() if isinstance(original, Model) else load(original)
+        chosen, aim = load_recipe(recipe), load_target(target)
+        before = _size(original), len(edited.nodes()), edited.opset
+        if data is None:
+            samples = synthetic_samples(edited, SYNTHETIC)
+            job.warnings.append(
+                "no --data: ranges come from synthetic samples, expect a loss of accuracy; "
+                "give real ones before you deploy"
+            )
+        else:
+            samples = open_samples(data, edited)
+        fitting, held = _split(samples)
+    path = None if calibration is None else Path(calibration)
+    pipeline = plan(chosen, aim, fitting, calibration=path, progress=job.sample_progress(len(fitting)))
+    notes = job.run(pipeline, edited)
+    edited.infer_shapes()
+    feed = next(iter(held))
+    covered = coverage(edited, edited.shapes_for({k: np.shape(v) for k, v in feed.items()}))
+    if not allow_unchanged and any(name.startswith("quantize") for name in chosen.passes):
+        _require_quantized(notes)
+    fidelity = timing = None
+    if validate:
+        with job.stage("validate"):
+            _check(edited)
+            fidelity = compare_outputs(
+                original, edited, held, seconds=COMPARE_SECONDS,
+                progress=job.sample_progress(len(held)),
+            )  # fmt: skip
+            if not all(o.is_finite for o in fidelity.outputs):
+                raise BudgetError("the result has outputs that are not finite; nothing was written")
+            timing = runtime.latency(original, edited, feed, seconds=TIME_SECONDS)
+        if min_sqnr is not None and fidelity.sqnr_db < min_sqnr:
+            _miss(original, edited, held, fidelity.sqnr_db, min_sqnr)
+    elif min_sqnr is not None:
+        raise BudgetError("--min-sqnr needs the comparison that --no-validate leaves out")
+    with job.stage("write"):
+        size = _written(edited, output) if output is not None and not dry_run else _size(edited)
+    return Report(
+        model=_name(model),
+        output=None if output is None or dry_run else os.fspath(output),
+        recipe=chosen.name,
+        target=aim.name,
+        samples=f"{len(fitting)} for calibration: {samples.description}",
+        validated_on=_validated_on(samples, held, fidelity.samples if fidelity else 0),
+        size_bytes=(before[0], size),
+        nodes=(before[1], len(edited.nodes())),
+        opset=(before[2], edited.opset),
+        notes=tuple(notes),
+        coverage=covered,
+        fidelity=fidelity,
+        latency=timing,
+        warnings=tuple(job.warnings),
+        seconds=job.seconds,
+        environment=runtime.environment(),
+    )
+
+
+@dataclass(slots=True)
+class _Job:
+    """What one run of `optimize` keeps: time, warnings, where progress goes."""
+
+    progress: Progress | None
+    seconds: dict[str, float] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    now: str = ""
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        self.now, start = name, time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def sample_progress(self, total: int) -> Callable[[int], None] | None:
+        if self.progress is None:
+            return None
+        tell = self.progress
+        return lambda done: tell(self.now, done, total)
+
+    def run(self, pipeline: Pipeline, model: Model) -> list[Note]:
+        notes: list[Note] = []
+        for pass_ in pipeline.passes:
+            with self.stage(pass_.name):
+                notes += pass_(model)
+        return notes
+
+
+def _split(samples: Samples) -> tuple[Samples, Samples]:
+    """Samples to calibrate on, and to compare on: the same ones if there are few."""
+    if len(samples) < 8:
+        return samples, samples
+    held = min(HELD_OUT, len(samples) // 4)
+    return samples.take(len(samples) - held), samples.skip(len(samples) - held)
+
+
+def _validated_on(samples: Samples, held: Samples, used: int) -> str:
+    if not used:
+        return "not compared"
+    kind = "samples not used for calibration" if len(held) < len(samples) else "the calibration samples"
+    return f"{used} {kind}"
+
+
+def _require_quantized(notes: Sequence[Note]) -> None:
+    if any(n.changed and n.rule.startswith("quantize") for n in notes):
+        return
+    reasons = Counter(n.text for n in notes if not n.changed and n.rule.startswith("quantize"))
+    why = "; ".join(f"{text} ({count})" for text, count in reasons.most_common(3))
+    raise BudgetError(
+        f"nothing was quantized: {why or 'the model has no layer with a weight'}; "
+        "nothing was written (--allow-unchanged writes the cleaned model)"
+    )
+
+
+def _check(model: Model) -> None:
+    """Raise ModelError if the result is not valid: a bug of a pass, which must not reach a file."""
+    if sum(model.weight_sizes()) > runtime.LARGE:
+        return  # the checker wants it in one proto or file; the session that follows checks as well
+    try:
+        onnx.checker.check_model(model.to_proto(), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as e:
+        raise ModelError(f"the result is not valid, which is a bug of onnxq: {runtime.one_line(e)}") from e
+
+
+def _miss(
+    original: ModelLike, edited: Model, held: Samples, reached: float, wanted: float
+) -> None:
+    layers = layer_fidelity(load(original), edited, held.take(LAYERS_SAMPLES))
+    worst = sorted(layers, key=lambda layer: layer.sqnr_db)[:3]
+    named = ", ".join(f"{layer.name} ({layer.op}, {layer.sqnr_db:.1f} dB)" for layer in worst)
+    raise BudgetError(
+        f"reached {reached:.1f} dB, --min-sqnr is {wanted:g}: nothing was written; "
+        f"the layers furthest off are {named or 'not known'}"
+    )
+
+
+def _written(model: Model, output: PathLike) -> int:
+    model.save(output)
+    path = Path(output)
+    data = path.with_name(path.name + ".data")
+    return path.stat().st_size + (data.stat().st_size if model.has_data_file and data.exists() else 0)
+
+
+def _size(model: ModelLike) -> int:
+    if isinstance(model, str | os.PathLike):
+        path = Path(model)
+        return path.stat().st_size + sum(
+            p.stat().st_size for p in (path.with_name(path.name + s) for s in (".data", "_data")) if p.exists()
+        )
+    if isinstance(model, Model):
+        total = sum(model.weight_sizes())
+        return total if total > runtime.LARGE else model.to_proto().ByteSize()
+    return int(model.ByteSize())
+
+
+def _name(model: ModelLike) -> str:
+    return os.fspath(model) if isinstance(model, str | os.PathLike) else "model in memory"
+
+
+def inspect(model: ModelLike, *, target: str = "ort-cpu") -> Inspection:
+    """Say what a model is made of, and what a target could quantize of it.
+
+    Raises ModelError for what is not a model, RecipeError for an unknown target.
+    """
+    aim, found = load_target(target), load(model)
+    placement = place(found, aim, graph_rules(found, macs(found)), {})
+    sizes: Counter[str] = Counter()
+    parameters = 0
+    for graph in found.graphs():
+        for tensor in graph.tensors().values():
+            if isinstance(tensor, gs.Constant):
+                count = prod(tensor.shape)
+                parameters += count
+                sizes[str(tensor.dtype)] += count * getattr(np.dtype(tensor.dtype), "itemsize", 1)
+    return Inspection(
+        model=_name(model),
+        target=aim.name,
+        ir_version=found.envelope.ir_version,
+        opset={o.domain: o.version for o in found.envelope.opset_import},
+        inputs=tuple(_described(t) for t in found.graph.inputs),
+        outputs=tuple(_described(t) for t in found.graph.outputs),
+        ops=dict(Counter(node.op for node in found.nodes()).most_common()),
+        functions=tuple(found.functions),
+        parameters=parameters,
+        bytes_by_type=dict(sizes.most_common()),
+        coverage=coverage(found),
+        quantizable=tuple(node.name for node in placement.nodes.values()),
+        notes=placement.declined,
+    )
+
+
+def _described(tensor: gs.Tensor) -> str:
+    shape = "of any shape" if tensor.shape is None else [("?" if d is None else d) for d in tensor.shape]
+    return f"{tensor.name} {shape} {tensor.dtype}".replace("'", "")
+
+
+def compare(
+    original: ModelLike, result: ModelLike, *, data: Spec | None = None, progress: Progress | None = None
+) -> Comparison:
+    """Compare two versions of a model on samples: each output, and each layer both have by name.
+
+    Raises ModelError when they are not versions of one model, DataError for samples that do not fit.
+    """
+    one, two = load(original), load(result)
+    samples = synthetic_samples(one, SYNTHETIC) if data is None else open_samples(data, one)
+    tell = None if progress is None else _Job(progress, now="compare").sample_progress(len(samples))
+    fidelity = compare_outputs(original, result, samples, progress=tell)
+    layers = layer_fidelity(one, two, samples.take(LAYERS_SAMPLES))
+    return Comparison(
+        _name(original), _name(result), fidelity, tuple(sorted(layers, key=lambda layer: layer.sqnr_db))
+    )
+
+
+__all__: list[Any] = ["compare", "inspect", "load", "optimize"]
