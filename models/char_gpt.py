@@ -1,4 +1,4 @@
-"""Train char_gpt: a causal transformer on characters of the Python standard library's documentation.
+"""Train char_gpt: a causal character transformer on the standard library's documentation.
 
 The text is what `inspect.getdoc` gives for the modules and functions of the standard library of the
 Python that runs this script (PSF licence).
@@ -16,12 +16,15 @@ from common import export, save_samples, train
 from torch import Tensor, nn
 
 LENGTH, WIDTH, HEADS, LAYERS = 64, 96, 4, 3
-MODULES = """argparse ast asyncio base64 bisect calendar collections concurrent.futures configparser
-contextlib copy csv datetime decimal difflib dis email enum fractions functools gettext glob heapq
-html inspect io itertools json locale logging math multiprocessing numbers operator os pathlib pickle
-platform queue random re sched shelve shlex shutil socket sqlite3 ssl statistics string struct
-subprocess symtable sys tempfile textwrap threading time tokenize traceback types typing unittest
-urllib.parse urllib.request uuid warnings weakref xml.dom xml.etree.ElementTree zipfile""".split()
+MODULES = (
+    "argparse ast asyncio base64 bisect calendar collections concurrent.futures configparser "
+    "contextlib copy csv datetime decimal difflib dis email enum fractions functools gettext "
+    "glob heapq html inspect io itertools json locale logging math multiprocessing numbers "
+    "operator os pathlib pickle platform queue random re sched shelve shlex shutil socket "
+    "sqlite3 ssl statistics string struct subprocess symtable sys tempfile textwrap threading "
+    "time tokenize traceback types typing unittest urllib.parse urllib.request uuid warnings "
+    "weakref xml.dom xml.etree.ElementTree zipfile "
+).split()
 
 
 def text() -> str:
@@ -46,7 +49,9 @@ class Block(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
         self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.mlp = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH))
+        self.mlp = nn.Sequential(
+            nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH)
+        )
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """[N, T, WIDTH] to the same; mask [T, T] is added to the scores."""

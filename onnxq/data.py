@@ -67,13 +67,13 @@ Spec = str | os.PathLike[str] | Mapping[str, Any] | Iterable[Mapping[str, Any]] 
 def open_samples(spec: Spec, model: Model) -> Samples:
     """Samples for the model's inputs.
 
-    spec: an .npz file or a mapping (arrays named as the inputs, sample axis first), a folder of .npz
-    files (one a sample), 'module:function' or a function (yields feeds), or an iterable of feeds. An
-    array `labels` is kept for metrics. Arrays of the input's rank are cut into batches of the model's
-    fixed batch size (1 where it is free), those of one rank more hold one sample a row. Safe
-    conversions (float64 to float32, integers that fit) are made.
+    spec: an .npz file or a mapping (arrays named as the inputs, sample axis first), a folder of
+    .npz files (one a sample), 'module:function' or a function (yields feeds), or an iterable of
+    feeds. An array `labels` is kept for metrics. Arrays of the input's rank are cut into batches of
+    the model's fixed batch size (1 where it is free), those of one rank more hold one sample a row.
+    Safe conversions (float64 to float32, integers that fit) are made.
 
-    Raises DataError: no samples, names that are no inputs, inputs that are missing, shapes and types
+    Raises DataError: no samples, names that are no inputs, missing inputs, shapes and types
     that the model does not take, NaN or infinities (when the sample is read).
     """
     if isinstance(spec, Samples):
@@ -94,13 +94,17 @@ def _from_path(text: str, model: Model) -> Samples:
         files = sorted(path.glob("*.npz"))
         if not files:
             raise DataError(f"{text}: no .npz files in this folder; each one is a sample")
-        return _listed(lambda i: _load(files[i]), len(files), f"{len(files)} files of {text}", model)
+        return _listed(
+            lambda i: _load(files[i]), len(files), f"{len(files)} files of {text}", model
+        )
     if path.is_file():
         return _stacked(_load(path), model, text)
     module, colon, name = text.rpartition(":")
     if colon and module.replace(".", "").replace("_", "").isalnum():
         return _from_function(_imported(module, name), text, model)
-    raise DataError(f"{text}: no such file or folder; give an .npz, a folder of .npz or module:function")
+    raise DataError(
+        f"{text}: no such file or folder; give an .npz, a folder of .npz or module:function"
+    )
 
 
 def _load(path: Path) -> Feed:
@@ -141,7 +145,9 @@ def _from_function(function: Callable[[], Any], text: str, model: Model) -> Samp
     labels, size = [], 0
     for feed in feeds():
         if not isinstance(feed, Mapping):
-            raise DataError(f"{text}: yields {type(feed).__name__}, not a dict of arrays by input name")
+            raise DataError(
+                f"{text}: yields {type(feed).__name__}, not a dict of arrays by input name"
+            )
         size += 1
         if LABELS in feed:
             labels.append(np.asarray(feed[LABELS]))

@@ -10,7 +10,7 @@ EPSILON = 1e-9
 
 
 class Network:
-    """Capacities between named places; `cut` divides them (Dinic, 1970: blocking flows by level)."""
+    """Capacities between named places; `cut` divides them (Dinic, 1970: blocking flows)."""
 
     def __init__(self) -> None:
         self.places: dict[Hashable, int] = {}
@@ -55,7 +55,7 @@ class Network:
     def _augment(self, s: int, t: int, level: list[int], current: list[int]) -> bool:
         """Push flow along one path that climbs the levels; False when there is none.
 
-        current: of each place, the first edge that may still lead on; those before it are dead ends.
+        current: of each place, the first edge that may still lead on; earlier ones are dead ends.
         """
         path: list[int] = []
         place = s

@@ -304,7 +304,9 @@ class Model:
             if value.name in inputs:
                 shape = value.type.tensor_type.shape
                 shape.ClearField("dim")
-                shape.dim.extend(onnx.TensorShapeProto.Dimension(dim_value=d) for d in inputs[value.name])
+                shape.dim.extend(
+                    onnx.TensorShapeProto.Dimension(dim_value=d) for d in inputs[value.name]
+                )
         try:
             graph = onnx.shape_inference.infer_shapes(proto, data_prop=True).graph
         except Exception:  # whatever C++ throws: inputs that do not fit say so when they are run

@@ -51,7 +51,9 @@ class Preview:
         console.print(f"on {self.samples}:")
         for seen in self.inputs:
             shapes = ", ".join(str(list(shape)) for shape in seen.shapes)
-            console.print(f"  {seen.name} {seen.dtype} {shapes}, values {seen.lo:.4g} to {seen.hi:.4g}")
+            console.print(
+                f"  {seen.name} {seen.dtype} {shapes}, values {seen.lo:.4g} to {seen.hi:.4g}"
+            )
         console.print("nothing was written")
 
 
@@ -84,7 +86,9 @@ def _seen(samples: Samples) -> tuple[SeenInput, ...]:
         for name, array in feed.items():
             lo, hi = (float(array.min()), float(array.max())) if array.size else (np.nan, np.nan)
             old = found.get(name)
-            shapes = (array.shape,) if old is None else tuple(dict.fromkeys((*old.shapes, array.shape)))
+            shapes = (
+                (array.shape,) if old is None else tuple(dict.fromkeys((*old.shapes, array.shape)))
+            )
             if old is not None:
                 lo, hi = min(lo, old.lo), max(hi, old.hi)
             found[name] = SeenInput(name, str(array.dtype), shapes, lo, hi)

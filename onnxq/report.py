@@ -72,8 +72,13 @@ class Report:
     def print_to(self, console: Console) -> None:
         """Print the report for people."""
         if self.is_slower and self.latency is not None:
-            console.print(f"SLOWER than the original: {self.latency.ratio:.2f}x its time", style="bold red")
-        console.print(f"{self.model} -> {self.output or '(not written)'}   recipe {self.recipe}, target {self.target}")
+            console.print(
+                f"SLOWER than the original: {self.latency.ratio:.2f}x its time", style="bold red"
+            )
+        console.print(
+            f"{self.model} -> {self.output or '(not written)'}"
+            f"   recipe {self.recipe}, target {self.target}"
+        )
         for warning in self.warnings:
             console.print(f"warning: {warning}", style="yellow")
         self._print_figures(console)
@@ -84,7 +89,10 @@ class Report:
         before, after = self.size_bytes
         rows = [
             ("size", f"{_bytes(before)} -> {_bytes(after)}   {after / max(1, before):.2f}x"),
-            ("nodes", f"{self.nodes[0]} -> {self.nodes[1]}, opset {self.opset[0]} -> {self.opset[1]}"),
+            (
+                "nodes",
+                f"{self.nodes[0]} -> {self.nodes[1]}, opset {self.opset[0]} -> {self.opset[1]}",
+            ),
             (
                 "coverage",
                 f"{self.coverage.macs_share:.1%} of multiply-accumulates run in integers, "
@@ -94,7 +102,9 @@ class Report:
         ]
         if self.latency is not None:
             a, b = self.latency.original_ms, self.latency.result_ms
-            rows.append(("latency", f"{a:.3g} ms -> {b:.3g} ms, one thread   {self.latency.ratio:.2f}x"))
+            rows.append(
+                ("latency", f"{a:.3g} ms -> {b:.3g} ms, one thread   {self.latency.ratio:.2f}x")
+            )
         if self.fidelity is not None:
             rows += fidelity_rows(self.fidelity, self.validated_on)
         _print_rows(console, rows)
@@ -139,7 +149,9 @@ class Inspection:
 
     def print_to(self, console: Console) -> None:
         """Print the inspection for people."""
-        opsets = ", ".join(f"{domain or 'ai.onnx'} {version}" for domain, version in self.opset.items())
+        opsets = ", ".join(
+            f"{domain or 'ai.onnx'} {version}" for domain, version in self.opset.items()
+        )
         sizes = ", ".join(f"{dtype} {_bytes(size)}" for dtype, size in self.bytes_by_type.items())
         rows = [
             ("format", f"IR {self.ir_version}, opset {opsets}"),
@@ -188,7 +200,9 @@ def fidelity_rows(fidelity: Fidelity, on: str) -> list[tuple[str, str]]:
     """A row an output, and accuracy where there are labels."""
     rows = []
     for output in fidelity.outputs[:SHOWN]:
-        text = f"SQNR {_db(output.sqnr_db)}, cosine {output.cosine:.6f}, max abs {output.max_abs:.3g}"
+        text = (
+            f"SQNR {_db(output.sqnr_db)}, cosine {output.cosine:.6f}, max abs {output.max_abs:.3g}"
+        )
         if output.top1_agreement is not None:
             text += f", top-1 agreement {output.top1_agreement:.1%}"
         if not output.is_finite:

@@ -1,7 +1,8 @@
 """Sample inputs made up from the graph, for when there is no data.
 
-They respect what the graph says of its inputs: ids stay inside the table they index, masks are ones,
-scalars that are compared with constants take such a constant. Ranges calibrated on them are a guess.
+They respect what the graph says of its inputs: ids stay inside the table they index, masks are
+ones, scalars that are compared with constants take such a constant. Ranges calibrated on them are a
+guess.
 """
 
 from __future__ import annotations
@@ -21,7 +22,19 @@ from onnxq.model import Model, readers, values_of
 
 # Sizes tried for free axes, in turn: of images' sides first, then of sequences.
 SIZES = (64, 224, 32, 16, 128, 256, 512, 1, 4096, 16000)
-PASSING = frozenset("Cast Reshape Unsqueeze Squeeze Flatten Identity Slice Transpose Expand".split())
+PASSING = frozenset(
+    [
+        "Cast",
+        "Reshape",
+        "Unsqueeze",
+        "Squeeze",
+        "Flatten",
+        "Identity",
+        "Slice",
+        "Transpose",
+        "Expand",
+    ]
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +50,8 @@ class Input:
     def draw(self, rng: np.random.Generator, size: int) -> NDArray[Any]:
         """One value; free axes get `size`, the first one 1."""
         shape = [
-            d if isinstance(d, int) else 1 if axis == 0 else size for axis, d in enumerate(self.shape)
+            d if isinstance(d, int) else 1 if axis == 0 else size
+            for axis, d in enumerate(self.shape)
         ]
         if self.dtype.kind == "f":
             return np.asarray(rng.normal(0, 1, shape), self.dtype)
@@ -45,7 +59,7 @@ class Input:
 
 
 def synthetic_samples(model: Model, n: int, seed: int = 0) -> Samples:
-    """n samples drawn with a fixed seed that the model runs on.
+    """N samples drawn with a fixed seed that the model runs on.
 
     Raises DataError when no sizes for the free axes are found that the model runs with.
     """
@@ -54,7 +68,9 @@ def synthetic_samples(model: Model, n: int, seed: int = 0) -> Samples:
     session = runtime.session(model)
     size = next((s for s in SIZES if _runs(session, _feed(inputs, s, seed, 0))), None)
     if size is None:
-        raise DataError("no synthetic input was found that the model runs on: give samples with --data")
+        raise DataError(
+            "no synthetic input was found that the model runs on: give samples with --data"
+        )
 
     def read(start: int, stop: int) -> Iterator[Feed]:
         for i in range(start, stop):
@@ -73,13 +89,17 @@ def _runs(session: Any, feed: Feed) -> bool:
         outputs = session.run(None, feed)
     except Exception:  # whatever onnxruntime throws: these sizes do not fit
         return False
-    return all(np.isfinite(o).all() for o in outputs if getattr(o, "dtype", np.dtype("O")).kind == "f")
+    return all(
+        np.isfinite(o).all() for o in outputs if getattr(o, "dtype", np.dtype("O")).kind == "f"
+    )
 
 
 def _input(tensor: gs.Variable, batch: set[int | str]) -> Input:
     """What to draw; axes that are called like some input's first one are the batch, of size 1."""
     if tensor.shape is None or tensor.dtype is None or np.dtype(tensor.dtype).kind not in "fiub":
-        raise DataError(f"input {tensor.name!r} has no known shape or type: give samples with --data")
+        raise DataError(
+            f"input {tensor.name!r} has no known shape or type: give samples with --data"
+        )
     dtype = np.dtype(tensor.dtype)
     low, high = _bounds(tensor, dtype)
     shape = tuple(1 if isinstance(d, str) and d in batch else d for d in tensor.shape)
@@ -108,5 +128,3 @@ def _bounds(tensor: gs.Variable, dtype: np.dtype[Any]) -> tuple[int, int]:
     if dtype == np.uint8:
         return 0, 256
     return (1, 2) if is_mask else (0, 2)
-
-

@@ -25,8 +25,8 @@ LEAST = 4  # samples compared however long they take
 class OutputFidelity:
     """How close one output is to the original's, over all samples.
 
-    top1_agreement: share of equal argmax along the last axis, for float outputs whose last axis holds
-    at least two values (class scores have this form; for others the figure says little).
+    top1_agreement: share of equal argmax along the last axis, for float outputs whose last axis
+    holds at least two values (class scores have this form; for others the figure says little).
     """
 
     name: str
@@ -106,12 +106,14 @@ def compare(
     Stops after `seconds` (but not before a few samples). Accuracy is top-1 of the first output, for
     labels that have its shape without the last axis.
 
-    Raises ModelError when outputs have other names or shapes; DataError for samples that do not run.
+    Raises ModelError for outputs of other names or shapes, DataError for samples that do not run.
     """
     one, two = runtime.session(original), runtime.session(result)
     names = [o.name for o in one.get_outputs()]
     if [o.name for o in two.get_outputs()] != names:
-        raise ModelError("the two models have different outputs: they are not versions of one model")
+        raise ModelError(
+            "the two models have different outputs: they are not versions of one model"
+        )
     tallies = {name: _Tally() for name in names}
     hits, used, start = [0, 0, 0], 0, time.perf_counter()
     for feed in samples:
@@ -143,16 +145,18 @@ def _count_hits(hits: list[int], a: Any, b: Any, samples: Samples, index: int) -
         return
     labels = samples.labels[index * samples.batch : (index + 1) * samples.batch]
     shape = a.shape[:-1]
-    if labels.size == 0 or (len(labels), *shape[1:]) != labels.shape or len(labels) > (shape or (0,))[0]:
+    if (
+        labels.size == 0
+        or (len(labels), *shape[1:]) != labels.shape
+        or len(labels) > (shape or (0,))[0]
+    ):
         return
     for i, scores in enumerate((a, b)):
         hits[i] += int((scores.argmax(-1)[: len(labels)] == labels).sum())
     hits[2] += labels.size
 
 
-def layer_fidelity(
-    original: Model, result: Model, samples: Iterable[Feed]
-) -> list[LayerError]:
+def layer_fidelity(original: Model, result: Model, samples: Iterable[Feed]) -> list[LayerError]:
     """Compare the float tensors inside that have the same name in both models.
 
     A rewritten graph keeps the names of its float tensors, so this is layer by layer. Tensors are

@@ -69,9 +69,9 @@ def optimize(
     """Optimize a model by a recipe for a target, compare it with the original, and write it.
 
     data: see `onnxq.data.open_samples`; synthetic samples without. The last quarter of 8 or more
-    samples is kept from calibration and used for the comparison. calibration: a file; re-used when it
-    is there, written when not. min_sqnr: dB that every output must reach. output None, or dry_run:
-    nothing is written.
+    samples is kept from calibration and used for the comparison. calibration: a file; re-used when
+    it is there, written when not. min_sqnr: dB that every output must reach. output None, or
+    dry_run: nothing is written.
 
     Raises OnnxqError: ModelError, DataError, RecipeError for what cannot be used; BudgetError when
     min_sqnr is missed or nothing was quantized (nothing is written then).
@@ -92,7 +92,9 @@ def optimize(
             samples = open_samples(data, edited)
         fitting, held = _split(samples)
     path = None if calibration is None else Path(calibration)
-    pipeline = plan(chosen, aim, fitting, calibration=path, progress=job.sample_progress(len(fitting)))
+    pipeline = plan(
+        chosen, aim, fitting, calibration=path, progress=job.sample_progress(len(fitting))
+    )
     notes = job.run(pipeline, edited)
     edited.infer_shapes()
     feed = next(iter(held))
@@ -178,7 +180,11 @@ def _split(samples: Samples) -> tuple[Samples, Samples]:
 def _validated_on(samples: Samples, held: Samples, used: int) -> str:
     if not used:
         return "not compared"
-    kind = "samples not used for calibration" if len(held) < len(samples) else "the calibration samples"
+    kind = (
+        "samples not used for calibration"
+        if len(held) < len(samples)
+        else "the calibration samples"
+    )
     return f"{used} {kind}"
 
 
@@ -200,12 +206,12 @@ def _check(model: Model) -> None:
     try:
         onnx.checker.check_model(model.to_proto(), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as e:
-        raise ModelError(f"the result is not valid, which is a bug of onnxq: {runtime.one_line(e)}") from e
+        raise ModelError(
+            f"the result is not valid, which is a bug of onnxq: {runtime.one_line(e)}"
+        ) from e
 
 
-def _miss(
-    original: ModelLike, edited: Model, held: Samples, reached: float, wanted: float
-) -> None:
+def _miss(original: ModelLike, edited: Model, held: Samples, reached: float, wanted: float) -> None:
     layers = layer_fidelity(load(original), edited, held.take(LAYERS_SAMPLES))
     worst = sorted(layers, key=lambda layer: layer.sqnr_db)[:3]
     named = ", ".join(f"{layer.name} ({layer.op}, {layer.sqnr_db:.1f} dB)" for layer in worst)
@@ -219,14 +225,18 @@ def _written(model: Model, output: PathLike) -> int:
     model.save(output)
     path = Path(output)
     data = path.with_name(path.name + ".data")
-    return path.stat().st_size + (data.stat().st_size if model.has_data_file and data.exists() else 0)
+    return path.stat().st_size + (
+        data.stat().st_size if model.has_data_file and data.exists() else 0
+    )
 
 
 def _size(model: ModelLike) -> int:
     if isinstance(model, str | os.PathLike):
         path = Path(model)
         return path.stat().st_size + sum(
-            p.stat().st_size for p in (path.with_name(path.name + s) for s in (".data", "_data")) if p.exists()
+            p.stat().st_size
+            for p in (path.with_name(path.name + s) for s in (".data", "_data"))
+            if p.exists()
         )
     if isinstance(model, Model):
         total = sum(model.weight_sizes())
@@ -271,16 +281,24 @@ def inspect(model: ModelLike, *, target: str = "ort-cpu") -> Inspection:
 
 
 def _described(tensor: gs.Tensor) -> str:
-    shape = "of any shape" if tensor.shape is None else [("?" if d is None else d) for d in tensor.shape]
+    shape = (
+        "of any shape"
+        if tensor.shape is None
+        else [("?" if d is None else d) for d in tensor.shape]
+    )
     return f"{tensor.name} {shape} {tensor.dtype}".replace("'", "")
 
 
 def compare(
-    original: ModelLike, result: ModelLike, *, data: Spec | None = None, progress: Progress | None = None
+    original: ModelLike,
+    result: ModelLike,
+    *,
+    data: Spec | None = None,
+    progress: Progress | None = None,
 ) -> Comparison:
     """Compare two versions of a model on samples: each output, and each layer both have by name.
 
-    Raises ModelError when they are not versions of one model, DataError for samples that do not fit.
+    Raises ModelError unless they are versions of one model, DataError for samples that do not fit.
     """
     one, two = load(original), load(result)
     samples = synthetic_samples(one, SYNTHETIC) if data is None else open_samples(data, one)
@@ -288,7 +306,10 @@ def compare(
     fidelity = compare_outputs(original, result, samples, progress=tell)
     layers = layer_fidelity(one, two, samples.take(LAYERS_SAMPLES))
     return Comparison(
-        _name(original), _name(result), fidelity, tuple(sorted(layers, key=lambda layer: layer.sqnr_db))
+        _name(original),
+        _name(result),
+        fidelity,
+        tuple(sorted(layers, key=lambda layer: layer.sqnr_db)),
     )
 
 

@@ -12,6 +12,7 @@ from onnxq.passes.fold_batchnorm import fold_batchnorm
 from onnxq.passes.fold_constants import fold_constants
 from onnxq.passes.fold_mul import fold_mul
 from onnxq.passes.quantize_static import QuantizeStatic
+from onnxq.passes.quantize_weights import QuantizeWeights
 from onnxq.passes.raise_opset import RaiseOpset
 from onnxq.passes.share_initializers import share_initializers
 from onnxq.passes.simplify_qdq import simplify_qdq
@@ -20,7 +21,10 @@ from onnxq.passes.simplify_qdq import simplify_qdq
 cleanup = Fixpoint(
     Pipeline(
         "cleanup",
-        (fold_constants, drop_noops, fold_batchnorm, fold_mul, fold_add, drop_dead_nodes, share_initializers),
+        (
+            fold_constants, drop_noops, fold_batchnorm, fold_mul, fold_add, drop_dead_nodes,
+            share_initializers,
+        ),
     )
 )  # fmt: skip
 
@@ -34,6 +38,7 @@ PASSES: dict[str, Pass | type[Any]] = {
     "fold_constants": fold_constants,
     "fold_mul": fold_mul,
     "quantize_static": QuantizeStatic,
+    "quantize_weights": QuantizeWeights,
     "raise_opset": RaiseOpset,
     "share_initializers": share_initializers,
     "simplify_qdq": simplify_qdq,
@@ -42,6 +47,7 @@ PASSES: dict[str, Pass | type[Any]] = {
 __all__ = [
     "PASSES",
     "QuantizeStatic",
+    "QuantizeWeights",
     "RaiseOpset",
     "cleanup",
     "drop_dead_nodes",

@@ -1,7 +1,7 @@
 """What a node costs in floats and in integers, by a target's measured rates.
 
     float layer      c (e + m K)                                per output element
-    integer layer    c (e + m K) + p K / C                      K products, C output channels a group
+    integer layer    c (e + m K) + p K / C                  K products, C output channels a group
 
 with K the products that one output element sums. The patch term p is what it takes to gather a
 convolution's inputs, once a position and not once a channel. Narrow layers (fewer than `block`
@@ -48,14 +48,18 @@ def _layer_ns(node: gs.Node, costs: Costs, shapes: Shapes) -> tuple[float, float
         rows = size(node.outputs[0], shapes) / (columns if isinstance(columns, int) else 1)
         # With few rows each weight is read for few products: memory, not arithmetic, is the limit.
         in_floats = rate.float_element + rate.float_mac * k * (1 + rate.float_rows / rows)
-        return in_floats, rate.integer_element + rate.integer_mac * k * (1 + rate.integer_rows / rows)
+        return in_floats, rate.integer_element + rate.integer_mac * k * (
+            1 + rate.integer_rows / rows
+        )
     group, channels = node.attrs.get("group", 1), node.inputs[1].shape[0]
     is_depthwise = group > 1 and group == channels
     rate = costs.operators.get("depthwise" if is_depthwise else node.op, Rate())
     lanes = max(1.0, costs.block / channels)
     in_floats = lanes * (rate.float_element + rate.float_mac * k)
     if is_depthwise:
-        return in_floats, (rate.integer_element + rate.integer_mac * k) * (1 + rate.patch / channels)
+        return in_floats, (rate.integer_element + rate.integer_mac * k) * (
+            1 + rate.patch / channels
+        )
     inputs = node.inputs[1].shape[1]
     patch = rate.patch * (rate.narrow if inputs < costs.block else 1.0)
     return in_floats, rate.integer_element + rate.integer_mac * k + patch * k / (channels / group)

@@ -23,7 +23,12 @@ from onnxq.model import Model, values_of
 def _same_shape(node: gs.Node) -> bool:
     """Whether the result has the input's shape, all sizes known."""
     a, b = node.inputs[0].shape, node.outputs[0].shape
-    return a is not None and b is not None and list(a) == list(b) and all(isinstance(d, int) for d in a)
+    return (
+        a is not None
+        and b is not None
+        and list(a) == list(b)
+        and all(isinstance(d, int) for d in a)
+    )
 
 
 def _is_inference(node: gs.Node) -> bool:
@@ -50,7 +55,10 @@ def _is_in_order(node: gs.Node) -> bool:
 
 
 def _is_unbounded(node: gs.Node) -> bool:
-    limits = [node.attrs.get("min", -3.4028234663852886e38), node.attrs.get("max", 3.4028234663852886e38)]
+    limits = [
+        node.attrs.get("min", -3.4028234663852886e38),
+        node.attrs.get("max", 3.4028234663852886e38),
+    ]
     return not any(t.name for t in node.inputs[1:]) and limits[0] < -3.4e38 and limits[1] > 3.4e38
 
 
@@ -76,7 +84,11 @@ def _neutral(value: float) -> Callable[[gs.Node], bool]:
         shape = node.inputs[0].shape
         if constant.size == 1 and constant.ndim == 0:
             return True
-        return shape is not None and len(shape) >= constant.ndim and (constant.size == 1 or _same_shape(node))
+        return (
+            shape is not None
+            and len(shape) >= constant.ndim
+            and (constant.size == 1 or _same_shape(node))
+        )
 
     return test
 

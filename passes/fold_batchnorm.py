@@ -6,8 +6,8 @@ with  s = g / sqrt(var + eps),  W' = s W (per output channel),  b' = s (b - mu) 
 
     y = BN(x) W + b    =>    y = x W' + b'
 
-with  t = beta - s mu,  W' = s W (per input channel),  b' = b + sum of t W. With padding that is legal
-only for t = 0, since padded zeros are not shifted.
+with  t = beta - s mu,  W' = s W (per input channel),  b' = b + sum of t W. With padding that is
+legal only for t = 0, since padded zeros are not shifted.
 """
 
 from __future__ import annotations
@@ -58,9 +58,7 @@ def affine_of(bn: gs.Node) -> tuple[Vector, Vector]:
     return scale, beta - scale * mean
 
 
-def into_before(
-    model: Model, layer: gs.Node, bn: gs.Node, scale: Vector, shift: Vector
-) -> str:
+def into_before(model: Model, layer: gs.Node, bn: gs.Node, scale: Vector, shift: Vector) -> str:
     """Scale the output channels of the layer before."""
     only_reader(model, bn.inputs[0], bn)
     if layer.op == "MatMul" and any(shift):
@@ -85,7 +83,10 @@ def into_after(model: Model, bn: gs.Node, layer: gs.Node, scale: Vector, shift: 
         raise Skip(f"it is not the data that {layer.name} reads")
     weight, bias = constant(layer, 1), bias_of(layer)
     if layer.op == "Conv":
-        if any(shift) and (any(layer.attrs.get("pads", ())) or layer.attrs.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID")):
+        if any(shift) and (
+            any(layer.attrs.get("pads", ()))
+            or layer.attrs.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID")
+        ):
             raise Skip(f"{layer.name} pads with zeros, which a shift would change")
         group = layer.attrs.get("group", 1)
         if weight.shape[1] * group != scale.size:
@@ -103,9 +104,13 @@ def into_after(model: Model, bn: gs.Node, layer: gs.Node, scale: Vector, shift: 
         matrix = weight.astype(np.float64)
         is_transposed = bool(layer.attrs.get("transB", 0))
         wide = matrix * (scale if is_transposed else scale[:, None])
-        moved = layer.attrs.get("alpha", 1.0) * (matrix @ shift if is_transposed else shift @ matrix)
+        moved = layer.attrs.get("alpha", 1.0) * (
+            matrix @ shift if is_transposed else shift @ matrix
+        )
     total = moved if bias is None else bias + moved
-    rewrite(model, layer, wide.astype(weight.dtype), total if any(shift) or bias is not None else None)
+    rewrite(
+        model, layer, wide.astype(weight.dtype), total if any(shift) or bias is not None else None
+    )
     source = bn.inputs[0]
     layer.inputs[0] = source
     bn.outputs.clear()

@@ -22,7 +22,9 @@ from onnxq.errors import ModelError
 from onnxq.model import Model, readers, values_of
 
 NAME = "fold_constants"
-RANDOM = "RandomNormal RandomNormalLike RandomUniform RandomUniformLike Multinomial Bernoulli Dropout"
+RANDOM = (
+    "RandomNormal RandomNormalLike RandomUniform RandomUniformLike Multinomial Bernoulli Dropout"
+)
 CONTROL = "If Loop Scan SequenceMap"
 # What unpacks quantized weights at load or in kernels: folding would undo the quantization.
 QUANTIZED = "QuantizeLinear DequantizeLinear DynamicQuantizeLinear"
@@ -40,7 +42,7 @@ class FoldConstants:
         return NAME
 
     def __call__(self, model: Model, /) -> Sequence[Note]:
-        """Fold in place; returns a note for each node, and for each result that would be too large."""
+        """Fold in place; a note for each node, and for each result that would be too large."""
         notes = [note for node in model.nodes("Constant") if (note := _unwrap(model, node))]
         notes += [n for node in model.nodes("Shape", "Size") if (n := _static(model, node))]
         chosen, declined = _foldable(model)
@@ -139,13 +141,13 @@ def _evaluate(model: Model, chosen: list[gs.Node]) -> list[Note]:
         for t in node.outputs
         if t.name and any(id(reader) not in inside for reader in t.outputs)
     }
-    weights = {
-        t.name: t for node in chosen for t in node.inputs if t.name and id(t) not in made
-    }
+    weights = {t.name: t for node in chosen for t in node.inputs if t.name and id(t) not in made}
     proto = model.skeleton()
     names = {node.name for node in chosen}
     nodes = [node for node in proto.graph.node if node.name in names]
-    graph = onnx.helper.make_graph(nodes, "constants", [], [onnx.ValueInfoProto(name=n) for n in needed])
+    graph = onnx.helper.make_graph(
+        nodes, "constants", [], [onnx.ValueInfoProto(name=n) for n in needed]
+    )
     for name, tensor in weights.items():
         graph.initializer.append(numpy_helper.from_array(np.asarray(values_of(tensor)), name))
     proto.graph.CopyFrom(graph)
@@ -154,7 +156,9 @@ def _evaluate(model: Model, chosen: list[gs.Node]) -> list[Note]:
     try:
         results = runtime.session(proto, optimize="off").run(list(needed), {})
     except (ModelError, RuntimeError, ValueError) as e:
-        return [Note(NAME, chosen[0].name, f"cannot be computed: {runtime.one_line(e)}", changed=False)]
+        return [
+            Note(NAME, chosen[0].name, f"cannot be computed: {runtime.one_line(e)}", changed=False)
+        ]
     for tensor, value in zip(needed.values(), results, strict=True):
         _settle(tensor, np.asarray(value))
     return [Note(NAME, node.name, f"{node.op} of constants") for node in chosen]

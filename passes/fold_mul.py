@@ -1,8 +1,8 @@
 """Fold multiplication and division by constants into the linear layer before or after.
 
-    y = (x W + b) c    =>    y = x (c W) + c b        c one value a channel, or one for all
-    y = (x c) W + b    =>    y = x (c W) + b          c one value for all
-    y = x 1            =>    y = x
+y = (x W + b) c    =>    y = x (c W) + c b        c one value a channel, or one for all
+y = (x c) W + b    =>    y = x (c W) + b          c one value for all
+y = x 1            =>    y = x
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ def fold_mul(model: Model, node: gs.Node) -> str | None:
         only_reader(model, data, node)
         values = per_channel(_factor(node, at), before, rank_of(before))
         weight, bias = constant(before, 1), bias_of(before)
-        rewrite(model, before, scaled(before, weight, values), None if bias is None else bias * values)
+        rewrite(
+            model, before, scaled(before, weight, values), None if bias is None else bias * values
+        )
         take_over(before, node)
         return f"into {before.op} {before.name}"
     if after is not None and after.op in LINEAR and after.inputs[0] is node.outputs[0]:

@@ -41,7 +41,7 @@ def layer_before(tensor: gs.Tensor) -> gs.Node | None:
 
 
 def outputs_of(node: gs.Node) -> int:
-    """Number of output channels. Raises Skip for a weight that is not constant or has no channels."""
+    """Number of output channels. Raises Skip for a weight that is not constant or a scalar."""
     weight = constant(node, 1)
     if node.op == "Conv":
         return int(weight.shape[0])
@@ -63,7 +63,9 @@ def scaled(node: gs.Node, weight: Values, scale: NDArray[np.float64]) -> Values:
     elif node.op == "ConvTranspose":  # [inputs, outputs / group, ...]: groups are along the inputs
         group = node.attrs.get("group", 1)
         split = wide.reshape(group, weight.shape[0] // group, *weight.shape[1:])
-        wide = (split * factor.reshape(group, 1, -1, *[1] * (weight.ndim - 2))).reshape(weight.shape)
+        wide = (split * factor.reshape(group, 1, -1, *[1] * (weight.ndim - 2))).reshape(
+            weight.shape
+        )
     elif node.op == "Gemm" and node.attrs.get("transB", 0):
         wide = wide * factor[:, None]
     else:
@@ -75,7 +77,8 @@ def bias_of(node: gs.Node) -> NDArray[np.float64] | None:
     """The bias, beta applied; None without. Raises Skip when it is not constant."""
     if node.op == "MatMul" or len(node.inputs) < 3 or not node.inputs[2].name:
         return None
-    return constant(node, 2).astype(np.float64) * node.attrs.get("beta", 1.0)
+    beta = float(node.attrs.get("beta", 1.0))
+    return np.asarray(constant(node, 2).astype(np.float64) * beta)
 
 
 def rewrite(model: Model, node: gs.Node, weight: Values, bias: Values | None) -> None:

@@ -5,7 +5,6 @@ A new operator is a new row. Roles:
     linear   has multiply-accumulates over a weight: the gain is here
     carry    computes in int8 with input and output scales of its own; worth it only between others
     move     moves data only: output values are input values, so both share one scale
-    table    looks rows up in a constant: the constant is quantized, the result is dequantized
     absorb   a clamp, which the saturation of QuantizeLinear does for free after a linear layer
 """
 
@@ -20,7 +19,7 @@ import onnx_graphsurgeon as gs
 
 from onnxq.model import Model, values_of
 
-Role = Literal["linear", "carry", "move", "table", "absorb"]
+Role = Literal["linear", "carry", "move", "absorb"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +74,7 @@ OPS: dict[str, OpSpec] = {
     "Expand": MOVE,
     "DepthToSpace": MOVE,
     "SpaceToDepth": MOVE,
-    "Gather": OpSpec("table", weight=0, axis=lambda _: -1, activations=()),
+    "Gather": MOVE,
     "Relu": OpSpec("absorb"),
     "Clip": OpSpec("absorb"),
 }

@@ -2,8 +2,8 @@
 
 Everything between linear layers (elementwise operators, pooling, data movement) joins only where
 that keeps a chain in integers: some input already comes in integers, and something behind it wants
-integers. Where the target says what things cost, the rest is a minimum cut: each node costs one thing
-in floats and another in integers, and a tensor between the two costs a QuantizeLinear or
+integers. Where the target says what things cost, the rest is a minimum cut: each node costs one
+thing in floats and another in integers, and a tensor between the two costs a QuantizeLinear or
 DequantizeLinear. What is left is a list of *tensors* to quantize.
 """
 
@@ -18,7 +18,7 @@ import onnx_graphsurgeon as gs
 from onnxq.core import Note, Skip
 from onnxq.mincut import INFINITE, Network
 from onnxq.model import Model, readers, values_of
-from onnxq.passes.costs import Shapes, node_ns, size
+from onnxq.passes.costs import node_ns, size
 from onnxq.passes.ops import (
     OPS,
     activation_inputs,
@@ -26,6 +26,7 @@ from onnxq.passes.ops import (
     is_constant,
     weight_input,
 )
+from onnxq.passes.work import Shapes
 from onnxq.targets import Costs, OpRule, Target
 
 RULE = "quantize_static"
@@ -37,8 +38,8 @@ class Placement:
 
     nodes: by id. produced: tensors that exist only in integers (their producer writes integers), by
     id; read: further tensors that integer nodes read, by id. sources: tensor name -> the tensor
-    whose values it carries (data movement shares its input's scale). clamps: producer id -> the Relu
-    or Clip behind it that the range can absorb.
+    whose values it carries (data movement shares its input's scale). clamps: producer id -> the
+    Relu or Clip behind it that the range can absorb.
     """
 
     nodes: Mapping[int, gs.Node]
@@ -63,8 +64,6 @@ def place(model: Model, target: Target, floats: Mapping[int, str], shapes: Shape
     declined: list[Note] = []
     main = {id(node) for node in model.graph.nodes}
     for node in model.nodes(*target.operators, *(op for op in OPS if OPS[op].role == "linear")):
-        if OPS[node.op].role == "table" and not _is_table(node):
-            continue
         try:
             if node.op not in target.operators:
                 raise Skip(f"{target.name} has no integer {node.op}")
@@ -74,7 +73,7 @@ def place(model: Model, target: Target, floats: Mapping[int, str], shapes: Shape
             if id(node) in floats:
                 raise Skip(floats[id(node)])
         except Skip as reason:
-            if OPS[node.op].role in ("linear", "table"):
+            if OPS[node.op].role == "linear":
                 declined.append(Note(RULE, node.name, str(reason), changed=False))
         else:
             chosen[id(node)] = node
@@ -111,13 +110,6 @@ def check(node: gs.Node, rule: OpRule) -> None:
             raise Skip("its weight is empty")
     if spec.role in ("linear", "carry") and not data:
         raise Skip("all its inputs are constant")
-
-
-def _is_table(node: gs.Node) -> bool:
-    """Whether a Gather looks rows up in a matrix of floats (most do shape arithmetic)."""
-    table = node.inputs[0]
-    is_matrix = is_constant(table) and table.dtype == np.float32 and len(table.shape) == 2
-    return is_matrix and node.attrs.get("axis", 0) == 0
 
 
 def _pads_zero(node: gs.Node) -> bool:
@@ -165,9 +157,7 @@ class _Chooser:
             if not is_constant(n.inputs[i]) and id(n.inputs[i]) not in produced
         }
         clamps = {k: c for k, c in self.clamps.items() if k in self.chosen}
-        return Placement(
-            self.chosen, produced, read, self.sources(), clamps, tuple(declined)
-        )
+        return Placement(self.chosen, produced, read, self.sources(), clamps, tuple(declined))
 
     def prune(self) -> None:
         while idle := [k for k, node in self.chosen.items() if not self.is_useful(node)]:
@@ -190,7 +180,7 @@ class _Chooser:
         for key, tensor in tensors.items():
             self.add_conversions(network, key, tensor, costs)
         kept = network.cut("integers", "floats")
-        dropped = [n for k, n in self.chosen.items() if k not in kept and OPS[n.op].role != "table"]
+        dropped = [n for k, n in self.chosen.items() if k not in kept]
         for node in dropped:
             del self.chosen[id(node)]
         text = f"floats are faster here on {self.target.name}, conversions counted"
@@ -198,27 +188,26 @@ class _Chooser:
             Note(RULE, n.name, text, changed=False) for n in dropped if OPS[n.op].role == "linear"
         ]
 
-    def add_conversions(
-        self, network: Network, key: int, tensor: gs.Tensor, costs: Costs
-    ) -> None:
+    def add_conversions(self, network: Network, key: int, tensor: gs.Tensor, costs: Costs) -> None:
         """One QuantizeLinear if an integer node reads what a float node made; and the reverse."""
         maker = self.maker(tensor)
-        is_fixed = maker is None or OPS[maker.op].role == "table"
-        source = "floats" if is_fixed else id(maker)
+        source: str | int = "floats" if maker is None else id(maker)
         elements = size(tensor, self.shapes)
         integers = [id(node) for node, i in readers(tensor) if self.takes(node, i)]
         others = id(tensor) in self.outputs or len(integers) < sum(1 for _ in readers(tensor))
         for reader in integers:
             network.add(reader, ("quantize", key), INFINITE)
         network.add(("quantize", key), source, costs.float_node + costs.quantize * elements)
-        if is_fixed or self.target.operators[maker.op].output == "any":
+        if maker is None or self.target.operators[maker.op].output == "any":
             return
-        network.add(source, ("dequantize", key), costs.float_node + costs.dequantize * elements)
-        for reader in integers + (["floats"] if others else []):
+        network.add(id(maker), ("dequantize", key), costs.float_node + costs.dequantize * elements)
+        for reader in integers:
             network.add(("dequantize", key), reader, INFINITE)
+        if others:
+            network.add(("dequantize", key), "floats", INFINITE)
 
     def is_useful(self, node: gs.Node) -> bool:
-        if OPS[node.op].role in ("linear", "table"):
+        if OPS[node.op].role == "linear":
             return True
         fed = any(self.feeds(node, node.inputs[i]) for i in activation_inputs(node))
         return fed and any(self.is_read(t) for t in self.ends(node))
@@ -253,8 +242,6 @@ class _Chooser:
 
     def writes(self, node: gs.Node) -> bool:
         """Whether the node's result exists in integers only."""
-        if OPS[node.op].role == "table":
-            return False
         if self.target.operators[node.op].output == "quantized":
             return True
         return all(

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -38,10 +38,11 @@ from onnxq.passes.placement import RULE, Placement, place
 from onnxq.passes.sensitive import graph_rules, range_rules
 from onnxq.passes.work import macs
 from onnxq.schemes import PerChannel, PerTensor, QParams, QuantScheme, quantize_weight
-from onnxq.statistics import Histogram
+from onnxq.statistics import Histogram, Method
 from onnxq.targets import Target
 
-# int32 bias: as far as the accumulator itself may go, with a bit to spare for the sum it is added to.
+WeightMethod = Literal["minmax", "mse"]
+# int32 bias: as far as the accumulator goes, with a bit to spare for the sum it is added to.
 BIAS_LIMIT = 2.0**30
 
 
@@ -55,8 +56,8 @@ class QuantizeStatic:
 
     target: Target
     samples: Samples
-    range: str = "minmax"
-    weight_range: str = "minmax"
+    range: Method = "minmax"
+    weight_range: WeightMethod = "minmax"
     calibration: Path | None = None
     progress: Callable[[int], None] | None = field(default=None, repr=False, compare=False)
 
@@ -83,7 +84,10 @@ class QuantizeStatic:
         statistics = self._statistics(model, placement)
         declined: list[Note] = []
         while more := range_rules(placement, statistics):
-            declined += [Note(RULE, placement.nodes[key].name, text, changed=False) for key, text in more.items()]
+            declined += [
+                Note(RULE, placement.nodes[key].name, text, changed=False)
+                for key, text in more.items()
+            ]
             floats |= more
             placement = place(model, target, floats, shapes)
         ranges = self._params(model, placement, statistics)
@@ -97,14 +101,18 @@ class QuantizeStatic:
             found, _ = load_calibration(self.calibration)
             if missing := sorted(wanted - found.keys()):
                 raise DataError(
-                    f"{self.calibration}: has no statistics of {missing[0]!r}: it was made from another "
-                    "model or target; delete it, or give another --calibration"
+                    f"{self.calibration}: has no statistics of {missing[0]!r}: it was made from "
+                    "another model or target; delete it, or give another --calibration"
                 )
-            return found
-        made = calibrate(model, dict.fromkeys(sorted(wanted), Histogram), self.samples, progress=self.progress)
+            return cast(Mapping[str, Histogram], found)
+        if not wanted:
+            return {}
+        made = calibrate(
+            model, dict.fromkeys(sorted(wanted), Histogram), self.samples, progress=self.progress
+        )
         if self.calibration is not None:
             save_calibration(self.calibration, made, meta={"samples": len(self.samples)})
-        return made
+        return cast(Mapping[str, Histogram], made)
 
     def _params(
         self, model: Model, placement: Placement, statistics: Mapping[str, Histogram]
@@ -132,9 +140,18 @@ class _Editor:
     """Inserts the pairs; holds what is shared while doing so."""
 
     def __init__(
-        self, model: Model, target: Target, ranges: Mapping[str, QParams], weight_range: str
+        self,
+        model: Model,
+        target: Target,
+        ranges: Mapping[str, QParams],
+        weight_range: WeightMethod,
     ) -> None:
-        self.model, self.target, self.ranges, self.weight_range = model, target, ranges, weight_range
+        self.model, self.target, self.ranges, self.weight_range = (
+            model,
+            target,
+            ranges,
+            weight_range,
+        )
         self.constants: dict[QParams, tuple[gs.Constant, gs.Constant]] = {}
         self.weights: dict[tuple[int, QuantScheme, int | None], tuple[gs.Tensor, QParams]] = {}
         self.params: dict[int, QParams] = {}  # of each dequantized activation, by id
@@ -148,20 +165,14 @@ class _Editor:
         for tensor in placement.produced.values():
             self.requantize(tensor)
         for node in placement.nodes.values():
-            if OPS[node.op].role == "table":
-                self.table(node)
-                continue
             self.constant_activations(node)
             if weight_input(node) is not None:
                 self.weight_and_bias(node)
         return notes
 
     def note(self, node: gs.Node) -> Note:
-        role = OPS[node.op].role
         text = f"{node.op}: {self.target.activations.format} activations"
-        if role == "table":
-            text = f"{node.op}: rows of {self.target.weights.format}"
-        elif weight_input(node) is not None:
+        if weight_input(node) is not None:
             text += f", {self.target.weights.format} weights"
         return Note(RULE, node.name, text)
 
@@ -187,8 +198,10 @@ class _Editor:
             )
         return self.constants[params]
 
-    def pair(self, source: gs.Tensor, params: QParams, name: str, result: gs.Tensor | None) -> gs.Tensor:
-        """QuantizeLinear and DequantizeLinear behind `source`; the latter writes `result` if given."""
+    def pair(
+        self, source: gs.Tensor, params: QParams, name: str, result: gs.Tensor | None
+    ) -> gs.Tensor:
+        """QuantizeLinear and DequantizeLinear behind `source`; the latter writes `result`."""
         constants = self.scale_and_zero_point(params, name)
         integers = self.model.emit(
             "QuantizeLinear", source, *constants,
@@ -249,7 +262,8 @@ class _Editor:
         """The dequantized constant; one that several nodes use is quantized once."""
         key = (id(tensor), scheme, axis)
         if key not in self.weights:
-            q, params = quantize_weight(values_of(tensor), scheme, axis, self.weight_range)
+            values = np.asarray(values_of(tensor))
+            q, params = quantize_weight(values, scheme, axis, self.weight_range)
             self.weights[key] = self.integer_constant(tensor.name, q, params), params
         return self.weights[key]
 
@@ -283,7 +297,9 @@ class _Editor:
             least = np.abs(bias).reshape(repeats, -1).max(0) / (x_scale * BIAS_LIMIT)
             if axis is None:
                 least = least.max()
-            if (least > params.scale).any():  # the bias would saturate: a coarser weight is exact enough
+            if (
+                least > params.scale
+            ).any():  # the bias would saturate: a coarser weight is exact enough
                 params = replace(params, scale=np.maximum(params.scale, least).astype(np.float32))
                 q = params.quantize(np.asarray(values_of(weight)))
                 dequantized = self.integer_constant(weight.name, q, params)
@@ -301,26 +317,14 @@ class _Editor:
             return self.integer_constant(name, q, QParams(scale[0], zero[0]))
         return self.integer_constant(name, q, QParams(scale, zero, axis=0))
 
-    def table(self, node: gs.Node) -> None:
-        """Look rows up in integers and dequantize what was found: the table stays small.
-
-            y = Gather(W, i)    =>    y = DQ(Gather(Wq, i))
-        """
-        weight, out = node.inputs[0], node.outputs[0]
-        per_column = isinstance(self.target.weights.granularity, PerChannel)
-        axis = len(weight.shape) - 1 if per_column else None
-        q, params = quantize_weight(values_of(weight), self.target.weights, axis, self.weight_range)
-        constants = self.scale_and_zero_point(params, weight.name)
-        node.inputs[0] = self.model.constant(f"{weight.name}_quantized", q)
-        rows = gs.Variable(self.model.unique(f"{out.name}_quantized"), q.dtype, out.shape)
-        node.outputs[0] = rows
-        attrs = {} if axis is None else {"axis": -1}
-        self.dequantize(rows, constants, f"{out.name}_dequantized", out, **attrs)
-
 
 def _bias_vector(
     tensor: gs.Tensor, weight_shape: Sequence[int], axis: int | None, repeats: int
 ) -> NDArray[np.float64]:
     """The bias as one value an output channel: Gemm's may be a scalar or a row."""
     bias = np.asarray(values_of(tensor), np.float64).reshape(-1)
-    return np.repeat(bias, weight_shape[axis] * repeats) if bias.size == 1 and axis is not None else bias
+    return (
+        np.repeat(bias, weight_shape[axis] * repeats)
+        if bias.size == 1 and axis is not None
+        else bias
+    )

@@ -18,13 +18,45 @@ from onnxq.statistics import Histogram
 
 # Operators that pass an error on as it is, or scaled: what lies behind them decides.
 PASSING = frozenset(
-    "Add Sub Mul Div Neg Abs Max Min Clip Relu Pow Sum Where Cast Identity Concat Split Slice Reshape"
-    " Flatten Squeeze Unsqueeze Transpose Expand Tile Gather Pad ReduceSum Unsqueeze MaxPool".split()
+    [
+        "Add",
+        "Sub",
+        "Mul",
+        "Div",
+        "Neg",
+        "Abs",
+        "Max",
+        "Min",
+        "Clip",
+        "Relu",
+        "Pow",
+        "Sum",
+        "Where",
+        "Cast",
+        "Identity",
+        "Concat",
+        "Split",
+        "Slice",
+        "Reshape",
+        "Flatten",
+        "Squeeze",
+        "Unsqueeze",
+        "Transpose",
+        "Expand",
+        "Tile",
+        "Gather",
+        "Pad",
+        "ReduceSum",
+        "Unsqueeze",
+        "MaxPool",
+    ]
 )
 # Operators whose result depends on the relative, not the absolute size of small inputs.
 RELATIVE = frozenset(("Log", "Sqrt", "Reciprocal"))
 # Operators around a softmax's scores.
-SCORES = frozenset("Add Sub Mul Div Where Reshape Transpose Squeeze Unsqueeze Expand".split())
+SCORES = frozenset(
+    ["Add", "Sub", "Mul", "Div", "Where", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Expand"]
+)
 # Share of the multiply-accumulates that an output layer may have to be kept float.
 OUTPUT_SHARE = 0.1
 # A part of a Concat whose range is smaller than this share of the whole keeps under 4 of 8 bits.
@@ -55,7 +87,10 @@ def front_ends(model: Model) -> Iterator[tuple[gs.Node, str]]:
             continue
         hit = _first(node, _is_relative, through=lambda n: n.op in PASSING)
         if hit is not None:
-            yield node, f"its result goes into {hit.op}: relative errors of small values count there"
+            yield (
+                node,
+                f"its result goes into {hit.op}: relative errors of small values count there",
+            )
 
 
 def _is_relative(node: gs.Node, index: int) -> bool:
@@ -94,7 +129,7 @@ def normalisations(model: Model) -> Iterator[tuple[gs.Node, str]]:
 
 
 def softmax_scores(model: Model) -> Iterator[tuple[gs.Node, str]]:
-    """Elementwise operators in front of Softmax: masks of -1e4 or -1e9 would take the whole range."""
+    """Elementwise operators in front of Softmax: masks of -1e9 would take the whole range."""
     for softmax in model.nodes("Softmax"):
         todo, seen = [softmax.inputs[0]], set[int]()
         while todo:
@@ -110,7 +145,9 @@ def recurrent_state(model: Model) -> Iterator[tuple[gs.Node, str]]:
 
     A state is a float input, not the first, with the shape of an output (not the first either).
     """
-    states = [(i, o) for i in model.graph.inputs[1:] for o in model.graph.outputs[1:] if _twins(i, o)]
+    states = [
+        (i, o) for i in model.graph.inputs[1:] for o in model.graph.outputs[1:] if _twins(i, o)
+    ]
     text = "recurrent state goes through it: errors would add up from step to step"
     for state, _ in states:
         for node in _layers(state, lambda t: [n for n, _ in readers(t)], lambda n: n.outputs):
@@ -151,9 +188,9 @@ def output_layers(model: Model, macs: Mapping[int, float]) -> Iterator[tuple[gs.
     """
     last = []
     for node in model.graph.nodes:
-        if node.op in ("Conv", "ConvTranspose"):
-            if _first(node, _is_layer, through=lambda _: True) is None:
-                last.append(node)
+        is_convolution = node.op in ("Conv", "ConvTranspose")
+        if is_convolution and _first(node, _is_layer, through=lambda _: True) is None:
+            last.append(node)
     share = sum(macs.get(id(n), 0.0) for n in last) / (sum(macs.values()) or 1.0)
     if share <= OUTPUT_SHARE:
         for node in last:
@@ -168,14 +205,19 @@ def range_rules(placement: Placement, ranges: Mapping[str, Histogram]) -> Floats
     """Nodes to keep float for what calibration saw."""
     floats: Floats = {}
     for node in placement.nodes.values():
-        if node.op == "Concat" and (reason := _mixed_tail(node, placement, ranges)):
+        for tensor in (*node.inputs, *node.outputs):
+            if any(ranges[name].has_nonfinite for name in placement.sources.get(tensor.name, ())):
+                floats[id(node)] = f"{tensor.name} has infinite values: no range covers them"
+        if (
+            id(node) not in floats
+            and node.op == "Concat"
+            and (reason := _mixed_tail(node, placement, ranges))
+        ):
             floats[id(node)] = reason
     return floats
 
 
-def _mixed_tail(
-    node: gs.Node, placement: Placement, ranges: Mapping[str, Histogram]
-) -> str | None:
+def _mixed_tail(node: gs.Node, placement: Placement, ranges: Mapping[str, Histogram]) -> str | None:
     """A Concat of parts with very different ranges: boxes in pixels beside scores from 0 to 1."""
     widths = {}
     for i in activation_inputs(node):

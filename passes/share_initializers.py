@@ -52,7 +52,7 @@ def _digest(tensor: gs.Constant) -> tuple[str, tuple[int, ...], bytes] | None:
     if values is None or values.dtype.kind == "O" or values.nbytes < SMALLEST:
         return None
     data = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
-    return str(values.dtype), tuple(values.shape), hashlib.sha256(data).digest()
+    return str(values.dtype), tuple(values.shape), hashlib.sha256(data.data).digest()
 
 
 share_initializers = ShareInitializers()

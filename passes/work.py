@@ -38,8 +38,10 @@ def products(node: gs.Node, shapes: Shapes) -> float:
     if node.op == "Conv":
         return _size(weight[1:])
     if node.op == "ConvTranspose":
-        pixels = _size(_shape(node.inputs[0], shapes)[2:]) / _size(_shape(node.outputs[0], shapes)[2:])
-        return _size(weight[:1] + weight[2:]) / node.attrs.get("group", 1) * pixels
+        pixels = _size(_shape(node.inputs[0], shapes)[2:]) / _size(
+            _shape(node.outputs[0], shapes)[2:]
+        )
+        return _size(weight[:1] + weight[2:]) / float(node.attrs.get("group", 1)) * pixels
     left = _shape(node.inputs[0], shapes)
     if not left:
         return 1.0

@@ -67,8 +67,10 @@ def test_halves_and_saturation_agree_with_onnxruntime(dtype: str, zero: int) -> 
     zero_point = np.array(zero if zero >= 0 else (int(info.max) + int(info.min) + 1) // 2, dtype)
     k = np.arange(-200, 200, dtype=np.float32) + np.float32(0.5)
     top = np.float32(info.max) + np.arange(-4, 4, dtype=np.float32) / 2
-    x = np.concatenate([k, top, -top, np.float32([3e38, -3e38, 1e-45, -1e-45, 0.0, -0.0])])
-    for scale in np.float32([1, 0.1, 1 / 3, SMALLEST_SCALE, 1e38]):
+    x = np.concatenate(
+        [k, top, -top, np.array([3e38, -3e38, 1e-45, -1e-45, 0.0, -0.0], np.float32)]
+    )
+    for scale in np.array([1, 0.1, 1 / 3, SMALLEST_SCALE, 1e38], np.float32):
         q, y = onnx_quantize(x[None, None], scale, zero_point, None)
         ours = quantize(x[None, None], scale, zero_point)
         np.testing.assert_array_equal(ours, q)
@@ -77,13 +79,13 @@ def test_halves_and_saturation_agree_with_onnxruntime(dtype: str, zero: int) -> 
 
 def test_infinities_saturate() -> None:
     x = np.array([np.inf, -np.inf])
-    assert quantize(x, 1.0, np.int8(0)).tolist() == [127, -128]
+    assert quantize(x, 1.0, np.array(0, np.int8)).tolist() == [127, -128]
 
 
 def test_int32_is_exact() -> None:
     x = np.array([2.0**30, -(2.0**31), 2.0**31, 5.0], np.float32)
     expected = [2**30, -(2**31), 2**31 - 1, 5]
-    assert quantize(x, 1.0, np.int32(0)).tolist() == expected
+    assert quantize(x, 1.0, np.array(0, np.int32)).tolist() == expected
 
 
 ranges = st.tuples(finite, finite).map(sorted)
@@ -103,15 +105,17 @@ def test_any_finite_range_has_sound_parameters(
     assert scale.dtype == np.float32
     assert zero_point.dtype == dtype
     assert SMALLEST_SCALE <= scale < np.inf
-    assert dequantize(quantize(np.float32([0]), scale, zero_point), scale, zero_point) == 0
-    for end in np.float32([lo, hi]):  # both ends are covered: no error above a step
+    assert (
+        dequantize(quantize(np.array([0], np.float32), scale, zero_point), scale, zero_point) == 0
+    )
+    for end in np.array([lo, hi], np.float32):  # both ends are covered: no error above a step
         q = quantize(end, scale, zero_point)
         error = (int(q) - int(zero_point)) * float(scale) - float(end)
         assert abs(error) <= float(scale) * (1 + 2.0**-5)
 
 
 def test_constants_are_represented() -> None:
-    for c in np.float32([3.0, -0.7, 1e-20, 1e30]):
+    for c in np.array([3.0, -0.7, 1e-20, 1e30], np.float32):
         scale, zp = affine_params(c, c, qmin=0, qmax=255, dtype="uint8", symmetric=False)
         back = dequantize(quantize(c, scale, zp), scale, zp)
         np.testing.assert_allclose(back, c, rtol=2e-7)

@@ -15,7 +15,7 @@ pairs = hnp.arrays(
 
 
 def test_known_values() -> None:
-    r, y = np.float32([3, 4]), np.float32([3, 4.5])
+    r, y = np.array([3, 4], np.float32), np.array([3, 4.5], np.float32)
     assert sqnr_db(r, y) == pytest.approx(10 * np.log10(25 / 0.25))
     assert cosine(r, y) == pytest.approx((9 + 18) / (5 * np.hypot(3, 4.5)))
     assert max_abs(r, y) == 0.5

@@ -82,4 +82,4 @@ def test_quantized_weights_are_within_half_a_step(axis: int) -> None:
 
 def test_weights_with_nan_are_refused() -> None:
     with pytest.raises(ValueError, match="finite"):
-        quantize_weight(np.float32([1, np.nan]), QuantScheme())
+        quantize_weight(np.array([1, np.nan], np.float32), QuantScheme())

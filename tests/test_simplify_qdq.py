@@ -10,11 +10,14 @@ from onnxq.model import Model
 from onnxq.passes import simplify_qdq
 
 HEAD = '<ir_version: 8, opset_import: ["": 17]>'
-INITS = "float s = {0.1}, uint8 z = {128}, float s2 = {0.2}, uint8 z2 = {7}, int64[2] shape = {2, 6}"
+INITS = (
+    "float s = {0.1}, uint8 z = {128}, float s2 = {0.2}, uint8 z2 = {7}, int64[2] shape = {2, 6}"
+)
 
 
 def model(body: str, outputs: str = "float[a, b] y", opset: int = 17) -> Model:
-    text = f"{HEAD.replace('17', str(opset))} g (float[1, 3, 4] x) => ({outputs}) <{INITS}> {{ {body} }}"
+    head = HEAD.replace("17", str(opset))
+    text = f"{head} g (float[1, 3, 4] x) => ({outputs}) <{INITS}> {{ {body} }}"
     return Model.from_proto(parser.parse_model(text))
 
 

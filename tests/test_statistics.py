@@ -33,9 +33,9 @@ def test_merging_is_exact_in_any_order(
 
 @KINDS
 def test_non_finite_values_are_flagged_and_left_out(kind: type[MinMax] | type[Histogram]) -> None:
-    seen = kind.of(np.float32([1, -np.inf, np.nan, -2]))
+    seen = kind.of(np.array([1, -np.inf, np.nan, -2], np.float32))
     assert (seen.lo, seen.hi, seen.has_nonfinite) == (-2, 1, True)
-    assert kind.of(np.float32([np.nan])).lo == np.inf
+    assert kind.of(np.array([np.nan], np.float32)).lo == np.inf
     if isinstance(seen, Histogram):
         assert seen.counts.sum() == 2
 
@@ -54,11 +54,11 @@ def test_a_histogram_of_another_dtype() -> None:
 
 
 def test_a_range_comes_from_exact_extremes() -> None:
-    x = np.float32([-0.123456, 0.5, 3.14159])
+    x = np.array([-0.123456, 0.5, 3.14159], np.float32)
     assert Histogram.of(x).range("minmax") == (x[0], x[2])
     assert Histogram.of(x).range("minmax", symmetric=True) == (-x[2], x[2])
 
 
 def test_no_finite_value_has_no_range() -> None:
     with pytest.raises(ValueError, match="no finite value"):
-        Histogram.of(np.float32([np.nan])).range("minmax")
+        Histogram.of(np.array([np.nan], np.float32)).range("minmax")
