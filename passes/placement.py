@@ -278,7 +278,8 @@ class _Chooser:
 
         moved = set()
         for node in self.chosen.values():
-            data = [node.inputs[i].name for i in activation_inputs(node)]
+            read = [node.inputs[i] for i in activation_inputs(node)]
+            data = [t.name for t in read if not is_constant(t)]
             ends = [t.name for t in self.ends(node)]
             if OPS[node.op].role == "move" or self.target.operators[node.op].shared:
                 for name in (*data[1:], *ends):

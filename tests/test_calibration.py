@@ -16,6 +16,7 @@ from onnxq import calibration
 from onnxq.calibration import SAMPLE, WHOLE, Feed, calibrate, load_calibration, save_calibration
 from onnxq.errors import DataError, ModelError
 from onnxq.model import Model
+from onnxq.numerics import histograms
 from onnxq.statistics import Histogram, MinMax, Statistic
 
 RNG = np.random.default_rng(3)
