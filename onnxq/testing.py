@@ -46,9 +46,9 @@ def check(
 ) -> Checked:
     """Run a float-preserving pass; raise AssertionError for whatever is wrong with the result.
 
-    model: a proto, or ONNX text (`onnx.parser`). feeds: inputs to compare on; drawn with a fixed seed
-    if not given. The result has to pass the full checker, keep inputs and outputs, give the same
-    finite outputs in onnxruntime with its optimizations off, and be left alone by a second run.
+    model: a proto, or ONNX text (`onnx.parser`). feeds: inputs to compare on; drawn with a seed
+    if not given. The result has to pass the full checker, keep its interface, give the same
+    finite outputs in onnxruntime with optimizations off, and be left alone by a second run.
     """
     proto = parser.parse_model(model) if isinstance(model, str) else model
     onnx.checker.check_model(proto, full_check=True)

@@ -85,11 +85,12 @@ def check(node: gs.Node, rule: OpRule) -> None:
     spec = OPS[node.op]
     data = [node.inputs[i] for i in activation_inputs(node)]
     weight = weight_input(node)
+    for tensor in node.inputs[:2]:
+        if tensor.inputs and tensor.inputs[0].op == "DequantizeLinear":
+            raise Skip("it is already quantized")
     if weight is None and spec.weight is not None and node.op != "MatMul":
         raise Skip("its weight is not constant")
     for tensor in (*data, *((node.inputs[weight],) if weight is not None else ())):
-        if tensor.inputs and tensor.inputs[0].op == "DequantizeLinear":
-            raise Skip("it is already quantized")
         if tensor.dtype != np.float32:
             raise Skip(f"{tensor.name} is {tensor.dtype}, not float32")
     for key, allowed in (rule.attributes or {}).items():
