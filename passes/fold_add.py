@@ -2,10 +2,14 @@
 
     y = (x W + b) + c    =>    y = x W + (b + c)       c one value a channel, or one for all
 
-A MatMul of matrices becomes a Gemm, which has a bias (and an integer kernel that takes it).
+A MatMul with a constant matrix becomes a Gemm, which has a bias, and an integer kernel that takes
+it. If it multiplies a stack of matrices of known shape, Reshapes go round it: ONNX Runtime does
+the same to floats, but not in time for its integer kernels.
 """
 
 from __future__ import annotations
+
+from math import prod
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -34,8 +38,8 @@ def fold_add(model: Model, node: gs.Node) -> str | None:
     layer = layer_before(node.inputs[1 - at])
     if layer is None or values_of(layer.inputs[1]) is None:
         return None
-    if layer.op == "MatMul" and not _is_matrix_product(layer):
-        return None  # a Gemm takes matrices only
+    if layer.op == "MatMul" and not _can_be_gemm(layer):
+        return None
     only_reader(model, node.inputs[1 - at], node)
     shift = per_channel(constant(node, at), layer, rank_of(layer)) * (-1 if node.op == "Sub" else 1)
     weight, bias = constant(layer, 1), bias_of(layer)
@@ -43,12 +47,37 @@ def fold_add(model: Model, node: gs.Node) -> str | None:
         raise Skip("its bias is not one value a channel")
     flat = np.zeros(1) if bias is None else bias.reshape(-1)
     total = np.broadcast_to(flat + shift, (outputs_of(layer),)).copy()
+    rows = layer.inputs[0]
     if layer.op == "MatMul":
         layer.op = "Gemm"
     rewrite(model, layer, weight, total)
     take_over(layer, node)
+    if layer.op == "Gemm" and len(rows.shape or ()) > 2:
+        _put_reshapes_round(model, layer)
     return f"into {layer.op} {layer.name}"
 
 
-def _is_matrix_product(node: gs.Node) -> bool:
-    return all(t.shape is not None and len(t.shape) == 2 for t in node.inputs)
+def _can_be_gemm(node: gs.Node) -> bool:
+    """Whether a MatMul multiplies a matrix, or a stack of known shape, with a matrix."""
+    data, weight = node.inputs
+    if data.shape is None or len(weight.shape) != 2:
+        return False
+    return len(data.shape) == 2 or (
+        len(data.shape) > 2 and all(isinstance(d, int) and d > 0 for d in data.shape)
+    )
+
+
+def _put_reshapes_round(model: Model, gemm: gs.Node) -> None:
+    data, out = gemm.inputs[0], gemm.outputs[0]
+    count, inner = prod(data.shape[:-1]), data.shape[-1]
+    shape = model.constant(f"{data.name}_rows", np.array([count, inner], np.int64))
+    gemm.inputs[0] = model.emit(
+        "Reshape", data, shape,
+        name=f"{data.name}_as_rows", dtype=data.dtype, shape=[count, inner], at=gemm,
+    )  # fmt: skip
+    columns = outputs_of(gemm)
+    flat = gs.Variable(model.unique(f"{out.name}_as_rows"), out.dtype, [count, columns])
+    gemm.outputs[0] = flat
+    shape = model.constant(f"{out.name}_shape", np.array([*data.shape[:-1], columns], np.int64))
+    made = model.emit("Reshape", flat, shape, name=f"{out.name}_stacked", like=out, at=gemm)
+    made.inputs[0].outputs[0] = out

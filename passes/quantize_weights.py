@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from onnxq.core import Note, Skip
 from onnxq.model import Model, values_of
 from onnxq.passes.ops import is_constant
+from onnxq.passes.sensitive import OUTPUT_SHARE, output_convolutions
 from onnxq.schemes import PerChannel, QuantScheme
 
 NAME = "quantize_weights"
@@ -53,7 +54,12 @@ class QuantizeWeights:
         """Store weights in integers in place; a note for each, or why not."""
         made: dict[tuple[int, int, tuple[int, ...]], gs.Tensor] = {}
         notes = []
+        spared = _output_layers(model)
         for node in model.nodes(*WEIGHTS):
+            if id(node) in spared:
+                text = "a small output layer: its result shows each step"
+                notes.append(Note(NAME, node.name, text, changed=False))
+                continue
             for index, axes in _weights(node):
                 try:
                     text = self._store(model, node, index, axes, made)
@@ -84,6 +90,14 @@ class QuantizeWeights:
             made[key] = _unpacked(model, node, tensor, axes)
         node.inputs[index] = made[key]
         return f"{node.op}: weights stored as int8, computed in floats"
+
+
+def _output_layers(model: Model) -> set[int]:
+    """Ids of convolutions that write an output, if their weights are a small share of all."""
+    last = output_convolutions(model)
+    total = sum(prod(t.shape) for t in model.graph.tensors().values() if isinstance(t, gs.Constant))
+    small = sum(prod(node.inputs[1].shape or ()) for node in last) <= OUTPUT_SHARE * total
+    return {id(node) for node in last} if small else set()
 
 
 def _weights(node: gs.Node) -> list[tuple[int, tuple[int, ...]]]:

@@ -186,15 +186,21 @@ def output_layers(model: Model, macs: Mapping[int, float]) -> Iterator[tuple[gs.
     Only while they are cheap: together at most OUTPUT_SHARE of all multiply-accumulates. MatMul and
     Gemm return floats from integer kernels and need no exception.
     """
-    last = []
-    for node in model.graph.nodes:
-        is_convolution = node.op in ("Conv", "ConvTranspose")
-        if is_convolution and _first(node, _is_layer, through=lambda _: True) is None:
-            last.append(node)
+    last = output_convolutions(model)
     share = sum(macs.get(id(n), 0.0) for n in last) / (sum(macs.values()) or 1.0)
     if share <= OUTPUT_SHARE:
         for node in last:
             yield node, f"an output layer, {share:.1%} of the work: its result shows each step"
+
+
+def output_convolutions(model: Model) -> list[gs.Node]:
+    """Convolutions of the main graph with no further layer behind them."""
+    return [
+        node
+        for node in model.graph.nodes
+        if node.op in ("Conv", "ConvTranspose")
+        and _first(node, _is_layer, through=lambda _: True) is None
+    ]
 
 
 def _is_layer(node: gs.Node, index: int) -> bool:
