@@ -52,13 +52,13 @@ class QuantizeWeights:
 
     def __call__(self, model: Model, /) -> Sequence[Note]:
         """Store weights in integers in place; a note for each, or why not."""
-        made: dict[tuple[int, int, tuple[int, ...]], gs.Tensor] = {}
+        made: dict[tuple[int, tuple[int, ...]], gs.Tensor] = {}
         notes = []
         spared = _output_layers(model)
         for node in model.nodes(*WEIGHTS):
             if id(node) in spared:
-                text = "a small output layer: its result shows each step"
-                notes.append(Note(NAME, node.name, text, changed=False))
+                why = "a small output layer: its result shows each step"
+                notes.append(Note(NAME, node.name, why, changed=False))
                 continue
             for index, axes in _weights(node):
                 try:
@@ -78,16 +78,18 @@ class QuantizeWeights:
         node: gs.Node,
         index: int,
         axes: tuple[int, ...],
-        made: dict[tuple[int, int, tuple[int, ...]], gs.Tensor],
+        made: dict[tuple[int, tuple[int, ...]], gs.Tensor],
     ) -> str | None:
         tensor = node.inputs[index]
         if not is_constant(tensor) or tensor.dtype not in (np.float32, np.float16):
             return None
         if len(tensor.shape) < 2 or prod(tensor.shape) < self.smallest:
             return None
-        key = (id(tensor), id(model.graph_of(node)), axes)
+        key = (id(tensor), axes)
         if key not in made:
-            made[key] = _unpacked(model, node, tensor, axes)
+            # What several graphs read is unpacked once, in the main graph; bodies capture it.
+            users = {id(model.graph_of(user)) for user in tensor.outputs}
+            made[key] = _unpacked(model, node if len(users) == 1 else None, tensor, axes)
         node.inputs[index] = made[key]
         return f"{node.op}: weights stored as int8, computed in floats"
 
@@ -115,7 +117,9 @@ def _weights(node: gs.Node) -> list[tuple[int, tuple[int, ...]]]:
     return found
 
 
-def _unpacked(model: Model, node: gs.Node, tensor: gs.Tensor, axes: tuple[int, ...]) -> gs.Tensor:
+def _unpacked(
+    model: Model, node: gs.Node | None, tensor: gs.Tensor, axes: tuple[int, ...]
+) -> gs.Tensor:
     values = np.asarray(values_of(tensor))
     if not np.isfinite(values).all():
         raise Skip("its weight has NaN or infinite values")
