@@ -8,7 +8,7 @@ can be computed is computed by onnxruntime, in one session.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from math import prod
 
 import numpy as np
@@ -34,7 +34,7 @@ WEIGHT = 64  # elements; from here on small integers are taken for a quantized w
 
 
 class FoldConstants:
-    """Replace nodes of the main graph whose inputs are all constant; and all Constant nodes."""
+    """Replace nodes whose inputs are all constant, graph by graph, bodies too; no options."""
 
     name = NAME
 
@@ -45,9 +45,12 @@ class FoldConstants:
         """Fold in place; a note for each node, and for each result that would be too large."""
         notes = [note for node in model.nodes("Constant") if (note := _unwrap(model, node))]
         notes += [n for node in model.nodes("Shape", "Size") if (n := _static(model, node))]
-        chosen, declined = _foldable(model)
-        if chosen:
-            notes += _evaluate(model, chosen)
+        declined: list[Note] = []
+        for graph in model.graphs():
+            chosen, left = _foldable(model, graph)
+            declined += left
+            if chosen:
+                notes += _evaluate(model, chosen)
         if notes:
             model.sweep()
         return [*notes, *declined]
@@ -81,11 +84,11 @@ def _settle(tensor: gs.Tensor, values: np.ndarray) -> None:
     tensor.inputs.clear()
 
 
-def _foldable(model: Model) -> tuple[list[gs.Node], list[Note]]:
+def _foldable(model: Model, graph: gs.Graph) -> tuple[list[gs.Node], list[Note]]:
     """Nodes that depend on constants only, in order; and those left for their size."""
     known: dict[int, int] = {}  # id of a tensor that will be known -> bytes
     chosen, declined = [], []
-    for node in model.graph.nodes:
+    for node in graph.nodes:
         sizes = [
             _bytes(t) if isinstance(t, gs.Constant) else known.get(id(t))
             for t in node.inputs
@@ -144,7 +147,7 @@ def _evaluate(model: Model, chosen: list[gs.Node]) -> list[Note]:
     weights = {t.name: t for node in chosen for t in node.inputs if t.name and id(t) not in made}
     proto = model.skeleton()
     names = {node.name for node in chosen}
-    nodes = [node for node in proto.graph.node if node.name in names]
+    nodes = [node for node in _all_nodes(proto.graph) if node.name in names]
     graph = onnx.helper.make_graph(
         nodes, "constants", [], [onnx.ValueInfoProto(name=n) for n in needed]
     )
@@ -162,6 +165,14 @@ def _evaluate(model: Model, chosen: list[gs.Node]) -> list[Note]:
     for tensor, value in zip(needed.values(), results, strict=True):
         _settle(tensor, np.asarray(value))
     return [Note(NAME, node.name, f"{node.op} of constants") for node in chosen]
+
+
+def _all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            for body in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])):
+                yield from _all_nodes(body)
 
 
 fold_constants = FoldConstants()

@@ -15,7 +15,7 @@ SMALLEST = 16  # bytes: sharing single numbers gains nothing and makes graphs ha
 
 
 class ShareInitializers:
-    """Initializers of the main graph and, where they equal one of those, of bodies; no options."""
+    """Initializers of the main graph and of bodies; what bodies share moves out; no options."""
 
     name = "share_initializers"
 
@@ -25,7 +25,7 @@ class ShareInitializers:
     def __call__(self, model: Model, /) -> Sequence[Note]:
         """Share in place; a note for each initializer that went. Hashes first, holds no copies."""
         outputs = {id(t) for graph in model.graphs() for t in graph.outputs}
-        kept: dict[tuple[str, tuple[int, ...], bytes], gs.Constant] = {}
+        kept: dict[tuple[str, tuple[int, ...], bytes], tuple[gs.Constant, gs.Graph]] = {}
         notes = []
         for graph in model.graphs():
             for tensor in graph.tensors().values():
@@ -34,11 +34,12 @@ class ShareInitializers:
                 digest = _digest(tensor)
                 if digest is None:
                     continue
-                first = kept.get(digest)
-                if first is None:
-                    if graph is model.graph:
-                        kept[digest] = tensor
-                elif first is not tensor and tensor.outputs:
+                first, home = kept.setdefault(digest, (tensor, graph))
+                if first is not tensor and tensor.outputs:
+                    if home is not graph and home is not model.graph:
+                        # It moves to the main graph: a name that nothing inside hides.
+                        first.name = model.unique(f"{first.name}_shared")
+                        kept[digest] = first, model.graph
                     for node, i in list(readers(tensor)):
                         node.inputs[i] = first
                     notes.append(Note(self.name, tensor.name, f"the same as {first.name}"))
