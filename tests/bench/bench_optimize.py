@@ -4,9 +4,9 @@
 
 Prints JSON. Times are medians of runs in turn, in seconds; memory is the peak resident size in MB.
 `ratios` are what the project promises: onnxq over onnxruntime.quantization (MinMax at most 1,
-Percentile at most 0.25), and onnxq's memory over that of a plain run (at most 2), for the samples given
-and for 1,000 (the same files over and over). onnxruntime's calibration is given a model that its own
-pre-processing has gone over, at no charge.
+Percentile at most 0.25), and onnxq's memory over that of a plain run (at most 2), for the samples
+given and for 1,000 (the same files over and over). onnxruntime's calibration is given a model that
+its own pre-processing has gone over, at no charge.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from pathlib import Path
 PEER = """
 import sys, numpy as np, onnxruntime as ort
 from pathlib import Path
-from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantType, quantize_static
+from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod
+from onnxruntime.quantization import QuantType, quantize_static
 model, folder, out, method = sys.argv[1:]
 class Reader(CalibrationDataReader):
     def __init__(self): self.files = iter(sorted(Path(folder).glob("*.npz")))
@@ -74,7 +75,8 @@ def prepared(model: Path, folder: Path) -> Path:
         "del m.graph.input[:]; m.graph.input.extend(inputs)\n"
         "old = max(o.version for o in m.opset_import if o.domain in ('', 'ai.onnx'))\n"
         "m = version_converter.convert_version(m, 13) if old < 13 else m\n"
-        "onnx.save(m, sys.argv[2]); quant_pre_process(sys.argv[2], sys.argv[2], skip_symbolic_shape=True)\n"
+        "onnx.save(m, sys.argv[2])\n"
+        "quant_pre_process(sys.argv[2], sys.argv[2], skip_symbolic_shape=True)\n"
     )
     out = folder / "prepared.onnx"
     subprocess.run([sys.executable, "-c", code, model, out], check=True, capture_output=True)
