@@ -163,12 +163,13 @@ def mse(density: Density, bits: int, symmetric: bool) -> tuple[float, float]:
     return _least(density, _squared_error, bits, symmetric)
 
 
-FEW = 16  # values a cell, on average, below which a divergence says nothing
+FEW = 64  # values a cell, zeros not counted, below which a divergence is mostly noise
 
 
 def entropy(density: Density, bits: int, symmetric: bool) -> tuple[float, float]:
     """Least Kullback-Leibler divergence; min-max for so few values that cells would be empty."""
-    if density.negative.mass[-1] + density.positive.mass[-1] < FEW * 2**bits:
+    values = density.negative.mass[-1] + density.positive.mass[-1] - _zeros(density)
+    if values < FEW * 2**bits:
         return minmax(density, bits, symmetric)
     return _least(density, _divergence, min(bits, CELLS.bit_length() - 1), symmetric)
 
