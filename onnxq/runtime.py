@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import tempfile
@@ -50,6 +51,8 @@ def session(model: Source, *, optimize: Level = "all", threads: int | None = Non
             where = source if isinstance(source, str) else "the model"
             raise ModelError(f"onnxruntime cannot load {where}: {one_line(e)}") from e
 
+    if isinstance(model, onnx.ModelProto) and model.ByteSize() > LARGE:
+        model = Model.from_proto(model)  # it does not fit into one string of bytes
     if isinstance(model, Model):
         if sum(model.weight_sizes()) > LARGE:
             with tempfile.TemporaryDirectory(prefix="onnxq-") as folder:
@@ -62,10 +65,54 @@ def session(model: Source, *, optimize: Level = "all", threads: int | None = Non
     return made(model if isinstance(model, bytes) else os.fspath(model))
 
 
+def run(session: Any, feed: Mapping[str, Any]) -> dict[str, Any]:
+    """Run a session on one sample; outputs by name, sequences and maps as onnxruntime gives them.
+
+    What the feed has beyond the session's inputs (labels, inputs that a rewritten model lost) is
+    left out. Raises whatever onnxruntime raises.
+    """
+    wanted = {i.name: feed[i.name] for i in session.get_inputs() if i.name in feed}
+    names = [o.name for o in session.get_outputs()]
+    return dict(zip(names, session.run(names, wanted), strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """One input or output: dtype as onnxruntime names it, `tensor(float)`; free axes are names.
+
+    shape: None where nothing is known of it.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int | str | None, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Interface:
+    """What a model takes and gives; inputs with a default in the model are not among them."""
+
+    inputs: tuple[Value, ...]
+    outputs: tuple[Value, ...]
+
+    @classmethod
+    def of(cls, session: Any) -> Interface:
+        """Of a session."""
+        inputs, outputs = (
+            tuple(Value(v.name, v.type, None if v.shape is None else tuple(v.shape)) for v in part)
+            for part in (session.get_inputs(), session.get_outputs())
+        )
+        return cls(inputs, outputs)
+
+
 def one_line(error: BaseException) -> str:
     """The first line of an error's text that says something."""
     lines = [line.strip() for line in str(error).splitlines()]
     return next((line for line in lines if line), type(error).__name__)
+
+
+CHUNK = 0.004  # seconds between two readings of the clock, at least
+ROUNDS = 100  # more are not needed
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,23 +134,32 @@ class Latency:
 def latency(
     original: Source, result: Source, feed: Mapping[str, NDArray[Any]], *, seconds: float = 3.0
 ) -> Latency:
-    """Time both models on one sample, in turn, for about `seconds`, one thread."""
+    """Time both models on one sample, in turn, for about `seconds` and one thread.
+
+    Models that run for less than 4 ms are run several times for each reading of the clock. Each
+    model is run at least three times, the first one not counted, however long that takes.
+    Raises ModelError for a model that onnxruntime does not take or that does not run.
+    """
     runs = [_runner(session(model, threads=1), feed) for model in (original, result)]
+    once = [_seconds(run, 1) for run in runs]
+    inner = [max(1, math.ceil(CHUNK / max(s, 1e-6))) for s in once]
     times: tuple[list[float], list[float]] = ([], [])
-    for run in runs:
-        run()
-    once = min(_seconds(runs[0], 1) for _ in range(2))
-    inner = max(1, int(0.004 / max(once, 1e-6)))  # a clock reading every 4 ms at most
     end = time.perf_counter() + seconds
-    while len(times[0]) < 3 or (time.perf_counter() < end and len(times[0]) < 100):
-        for run, taken in zip(runs, times, strict=True):
-            taken.append(_seconds(run, inner))
+    least = 3 if 3 * sum(once) < seconds else 1
+    while len(times[0]) < least or (time.perf_counter() < end and len(times[0]) < ROUNDS):
+        first = len(times[0]) % 2  # neither always comes after the other
+        for i in (first, 1 - first):
+            times[i].append(_seconds(runs[i], inner[i]))
     low = [1000 * float(np.percentile(taken, 20)) for taken in times]
     return Latency(low[0], low[1])
 
 
 def _runner(made: Any, feed: Mapping[str, NDArray[Any]]) -> Callable[[], Any]:
-    wanted = {i.name: feed[i.name] for i in made.get_inputs()}
+    wanted = {i.name: feed[i.name] for i in made.get_inputs() if i.name in feed}
+    try:
+        made.run(None, wanted)  # warms it up, too
+    except Exception as e:  # onnxruntime's exceptions share no base but Exception
+        raise ModelError(f"cannot be timed, it does not run: {one_line(e)}") from e
     return lambda: made.run(None, wanted)
 
 
@@ -124,4 +180,16 @@ def environment() -> dict[str, str]:
         "numpy": np.__version__,
         "python": platform.python_version(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "cpu": _cpu(),
+        "threads": "latency: 1; else onnxruntime's choice",
     }
+
+
+def _cpu() -> str:
+    """The processor's name, as far as the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or "unknown")

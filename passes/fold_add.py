@@ -1,6 +1,7 @@
-"""Fold addition and subtraction of constants into the bias of the linear layer before.
+"""Fold addition and subtraction of constants into the bias of the linear layer before or after.
 
     y = (x W + b) + c    =>    y = x W + (b + c)       c one value a channel, or one for all
+    y = (x + c) W + b    =>    y = x W + (b + c W)     c one value for all, and no padding
 
 A MatMul with a constant matrix becomes a Gemm, which has a bias, and an integer kernel that takes
 it. If it multiplies a stack of matrices of known shape, Reshapes go round it: ONNX Runtime does
@@ -22,6 +23,7 @@ from onnxq.passes.linear import (
     layer_before,
     only_reader,
     outputs_of,
+    pads,
     per_channel,
     rank_of,
     rewrite,
@@ -37,7 +39,7 @@ def fold_add(model: Model, node: gs.Node) -> str | None:
         return None
     layer = layer_before(node.inputs[1 - at])
     if layer is None or values_of(layer.inputs[1]) is None:
-        return None
+        return _into_after(model, node, at)
     if layer.op == "MatMul" and not _can_be_gemm(layer):
         return None
     only_reader(model, node.inputs[1 - at], node)
@@ -55,6 +57,34 @@ def fold_add(model: Model, node: gs.Node) -> str | None:
     if layer.op == "Gemm" and len(rows.shape or ()) > 2:
         _put_reshapes_round(model, layer)
     return f"into {layer.op} {layer.name}"
+
+
+def _into_after(model: Model, node: gs.Node, at: int) -> str | None:
+    """Into the bias of the Conv or Gemm after."""
+    data, out = node.inputs[1 - at], node.outputs[0]
+    layer = out.outputs[0] if len(out.outputs) == 1 else None
+    if layer is None or layer.op not in ("Conv", "Gemm") or layer.inputs[0] is not out:
+        return None
+    if values_of(layer.inputs[1]) is None or prod(node.inputs[at].shape) != 1:
+        return None
+    if data.shape is None or len(node.inputs[at].shape) > len(data.shape):
+        raise Skip("the rank of its input is not known")
+    only_reader(model, out, layer)
+    if layer.op == "Conv" and pads(layer):
+        raise Skip(f"{layer.name} pads with zeros, which a shift would change")
+    shift = float(constant(node, at).reshape(())) * (-1 if node.op == "Sub" else 1)
+    weight, bias = constant(layer, 1), bias_of(layer)
+    summed = weight.astype(np.float64)
+    if layer.op == "Conv":
+        moved = shift * summed.reshape(weight.shape[0], -1).sum(1)
+    else:
+        axis = 1 if layer.attrs.get("transB", 0) else 0
+        moved = shift * layer.attrs.get("alpha", 1.0) * summed.sum(axis)
+    rewrite(model, layer, weight, moved if bias is None else moved + bias)
+    layer.inputs[0] = data
+    node.outputs.clear()
+    node.inputs.clear()
+    return f"into {layer.op} {layer.name} after it"
 
 
 def _can_be_gemm(node: gs.Node) -> bool:

@@ -24,6 +24,7 @@ from onnxq.passes.linear import (
     layer_before,
     only_reader,
     outputs_of,
+    pads,
     rank_of,
     rewrite,
     scaled,
@@ -83,10 +84,7 @@ def into_after(model: Model, bn: gs.Node, layer: gs.Node, scale: Vector, shift: 
         raise Skip(f"it is not the data that {layer.name} reads")
     weight, bias = constant(layer, 1), bias_of(layer)
     if layer.op == "Conv":
-        if any(shift) and (
-            any(layer.attrs.get("pads", ()))
-            or layer.attrs.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID")
-        ):
+        if any(shift) and pads(layer):
             raise Skip(f"{layer.name} pads with zeros, which a shift would change")
         group = layer.attrs.get("group", 1)
         if weight.shape[1] * group != scale.size:

@@ -73,6 +73,12 @@ def scaled(node: gs.Node, weight: Values, scale: NDArray[np.float64]) -> Values:
     return np.asarray(wide.astype(weight.dtype))
 
 
+def pads(conv: gs.Node) -> bool:
+    """Whether a convolution pads its input with zeros."""
+    padding = conv.attrs.get("auto_pad", "NOTSET")
+    return any(conv.attrs.get("pads", ())) or padding not in ("NOTSET", "VALID")
+
+
 def bias_of(node: gs.Node) -> NDArray[np.float64] | None:
     """The bias, beta applied; None without. Raises Skip when it is not constant."""
     if node.op == "MatMul" or len(node.inputs) < 3 or not node.inputs[2].name:

@@ -87,6 +87,8 @@ FOLDS = [
     pytest.param(fold_add, dict(body="h = MatMul(x, m) y = Add(h, row)", inputs=ROWS, outputs="float[a, b] y"), ["Gemm"], id="matmul-add"),
     pytest.param(fold_add, dict(body="h = MatMul(x, m) y = Add(h, row)", inputs="float[2, 3, 4] x", outputs="float[a, b, c] y"),
                  ["Gemm", "Reshape", "Reshape"], id="stacked-matmul-add"),
+    pytest.param(fold_add, dict(body="h = Add(x, one) y = Conv<group = 2>(h, w2, b)"), ["Conv"], id="add-conv"),
+    pytest.param(fold_add, dict(body="h = Sub(x, one) y = Gemm<transB = 1, alpha = 0.5>(h, mt)", inputs=ROWS, outputs="float[a, b] y"), ["Gemm"], id="sub-gemm"),
     pytest.param(fold_constants, dict(body="k = Constant<value_ints = [2, -1]>() y = Reshape(x, k)", outputs="float[a, b] y"), ["Reshape"], id="constant-node"),
     pytest.param(fold_constants, dict(body="k = Transpose(m) y = Gemm(x, k)", inputs="float[3, 6] x", outputs="float[a, b] y"), ["Gemm"], id="constant-weight"),
     pytest.param(fold_constants, dict(body="s = Shape(x) i = Constant<value_int = 0>() n = Gather(s, i) z = Constant<value_ints = [0]>()"
@@ -137,6 +139,7 @@ DECLINES = [
     pytest.param(fold_add, dict(body="h = Conv(x, w) y = Add(h, wide)"), "not one value a channel", id="add-wide"),
     pytest.param(fold_add, dict(body="h = Conv(x, w) y = Sub(c, h)"), None, id="sub-reversed"),
     pytest.param(fold_add, dict(body="h = MatMul(x, m) y = Add(h, row)", inputs="float[N, 3, 4] x", outputs="float[a, b, c] y"), None, id="stack-of-free-size"),
+    pytest.param(fold_add, dict(body=f"h = Add(x, one) y = Conv{PADS}(h, w)"), "pads with zeros", id="add-padded-conv"),
     pytest.param(drop_noops, dict(body="y = Identity(x)"), "has a name to keep too", id="identity-between-interfaces"),
     pytest.param(drop_noops, dict(body="h = Relu(x) y = Identity(h)", outputs="float[a, b, c, d] y, float[e, f, g0, h0] h"), "both outputs", id="identity-of-output"),
     pytest.param(drop_noops, dict(body="y = Mul(x, wide)", wide=np.ones((2, 6, 1, 1)), inputs="float[1, 1, 8, 8] x"), None, id="ones-that-broadcast"),
