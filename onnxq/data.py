@@ -9,11 +9,13 @@ import importlib
 import os
 import sys
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Protocol
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -24,6 +26,7 @@ from onnxq.model import Model
 
 Feed = dict[str, NDArray[Any]]
 LABELS = "labels"
+SKIPPED = 1 << 18  # bytes read at a time to come to where reading begins
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +82,11 @@ def open_samples(spec: Spec, model: Model) -> Samples:
     if isinstance(spec, Samples):
         return spec
     if isinstance(spec, Mapping):
-        return _stacked(dict(spec), model, "arrays in memory")
+        arrays = {name: np.asarray(array) for name, array in spec.items()}
+        labels = arrays.get(LABELS)
+        return _stacked(
+            {n: _Memory(a) for n, a in arrays.items()}, labels, model, "arrays in memory"
+        )
     if isinstance(spec, str | os.PathLike):
         return _from_path(os.fspath(spec), model)
     if callable(spec):
@@ -98,7 +105,8 @@ def _from_path(text: str, model: Model) -> Samples:
             lambda i: _load(files[i]), len(files), f"{len(files)} files of {text}", model
         )
     if path.is_file():
-        return _stacked(_load(path), model, text)
+        columns, labels = _members(path)
+        return _stacked(columns, labels, model, text)
     module, colon, name = text.rpartition(":")
     if colon and module.replace(".", "").replace("_", "").isalnum():
         return _from_function(_imported(module, name), text, model)
@@ -108,14 +116,101 @@ def _from_path(text: str, model: Model) -> Samples:
 
 
 def _load(path: Path) -> Feed:
+    with _reading(path), np.load(path, allow_pickle=False) as archive:
+        return {name: archive[name] for name in archive.files}
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Raise DataError for whatever is wrong with an .npz file."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise DataError(f"{path}: is a single array; save named arrays with numpy.savez")
-            return {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as e:
+        yield
+    except (OSError, ValueError, EOFError, AttributeError, zlib.error, zipfile.BadZipFile) as e:
         text = str(e).splitlines()[0] if str(e) else type(e).__name__
         raise DataError(f"{path}: cannot be read as .npz: {text}") from e
+
+
+def _members(path: Path) -> tuple[dict[str, Column], NDArray[Any] | None]:
+    """The arrays of an .npz as columns that are read from the file, and its labels."""
+    columns: dict[str, Column] = {}
+    labels = None
+    with _reading(path), np.load(path, allow_pickle=False) as archive:
+        for name in archive.files:
+            with archive.zip.open(f"{name}.npy") as stream:
+                shape, is_fortran, dtype = _header(stream)
+            if name == LABELS:
+                labels = archive[name]
+            if is_fortran or not shape or name == LABELS:
+                columns[name] = _Memory(archive[name])
+            else:
+                columns[name] = _Member(path, f"{name}.npy", shape, dtype)
+    return columns, labels
+
+
+def _header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Shape, order and type of the .npy that begins here; the stream is then at its values."""
+    version = np.lib.format.read_magic(stream)
+    read = np.lib.format.read_array_header_1_0
+    if version > (1, 0):
+        read = np.lib.format.read_array_header_2_0
+    shape, is_fortran, dtype = read(stream)
+    if dtype.hasobject:
+        raise ValueError("it holds Python objects, save arrays of numbers")
+    return shape, is_fortran, dtype
+
+
+class Column(Protocol):
+    """One array with the sample axis first, read row by row."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The array's shape."""
+        ...
+
+    def rows(self, start: int, size: int) -> Iterator[NDArray[Any]]:
+        """Runs of `size` rows from `start` on; the last one may be shorter."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Memory:
+    """A column that is an array."""
+
+    array: NDArray[Any]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.array.shape
+
+    def rows(self, start: int, size: int) -> Iterator[NDArray[Any]]:
+        for i in range(start, len(self.array), size):
+            yield self.array[i : i + size]
+
+
+@dataclass(frozen=True, slots=True)
+class _Member:
+    """A column that stays in its .npz file: one run of rows is in memory."""
+
+    path: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    def rows(self, start: int, size: int) -> Iterator[NDArray[Any]]:
+        width = int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
+        with (
+            _reading(self.path),
+            zipfile.ZipFile(self.path) as archive,
+            archive.open(self.name) as stream,
+        ):
+            _header(stream)
+            left = start * width
+            while left > 0:  # a seek would read all of it at once
+                left -= len(stream.read(min(left, SKIPPED))) or left
+            for i in range(start, self.shape[0], size):
+                count = min(size, self.shape[0] - i)
+                data = stream.read(count * width)
+                yield np.frombuffer(data, self.dtype).reshape(count, *self.shape[1:])
 
 
 def _imported(module: str, name: str) -> Callable[[], Any]:
@@ -201,13 +296,14 @@ def _with_batch(array: NDArray[Any], tensor: gs.Variable) -> NDArray[Any]:
     return array[None] if lacks and (not isinstance(shape[0], int) or shape[0] == 1) else array
 
 
-def _stacked(arrays: Feed, model: Model, text: str) -> Samples:
+def _stacked(
+    columns: Mapping[str, Column], labels: NDArray[Any] | None, model: Model, text: str
+) -> Samples:
     """Arrays with the sample axis first."""
     inputs = _inputs(model)
-    _check_names(arrays, inputs, text)
-    labels = arrays.get(LABELS)
-    data = {name: np.asarray(arrays[name]) for name in inputs if name in arrays}
-    counts = {name: len(array) if array.ndim else 0 for name, array in data.items()}
+    _check_names(columns, inputs, text)
+    data = {name: columns[name] for name in inputs if name in columns}
+    counts = {name: column.shape[0] if column.shape else 0 for name, column in data.items()}
     if len(set(counts.values())) != 1:
         listed = ", ".join(f"{name} {count}" for name, count in counts.items())
         raise DataError(f"{text}: arrays of different numbers of samples: {listed}")
@@ -219,30 +315,36 @@ def _stacked(arrays: Feed, model: Model, text: str) -> Samples:
     batch = _batch_size(data, inputs)
 
     def read(start: int, stop: int) -> Iterator[Feed]:
+        runs = {name: column.rows(start * batch, batch) for name, column in data.items()}
         for i in range(start, stop):
             yield {
-                name: fitted(_cut(array, inputs[name], i, batch), inputs[name], i)
-                for name, array in data.items()
+                name: fitted(_cut(next(run), data[name], inputs[name], batch), inputs[name], i)
+                for name, run in runs.items()
             }
 
     return Samples(read, -(-total // batch), text, labels, batch=batch)
 
 
-def _batch_size(data: Feed, inputs: Mapping[str, gs.Variable]) -> int:
+def _holds_samples(column: Column, tensor: gs.Variable) -> bool:
+    """Whether each row is a whole sample, without the input's own first axis being the batch."""
+    return tensor.shape is not None and len(column.shape) == len(tensor.shape) + 1
+
+
+def _batch_size(data: Mapping[str, Column], inputs: Mapping[str, gs.Variable]) -> int:
     """The model's fixed batch size; 1 where it is free, or where a row is a whole sample."""
-    fixed = {
+    fixed = [
         inputs[name].shape[0]
-        for name, array in data.items()
-        if inputs[name].shape and array.ndim == len(inputs[name].shape)
+        for name, column in data.items()
+        if inputs[name].shape
+        and not _holds_samples(column, inputs[name])
         and isinstance(inputs[name].shape[0], int)
-    }  # fmt: skip
-    return int(max(fixed)) if fixed else 1
+    ]
+    return int(max(fixed, default=1))
 
 
-def _cut(array: NDArray[Any], tensor: gs.Variable, index: int, batch: int) -> NDArray[Any]:
-    if tensor.shape is not None and array.ndim == len(tensor.shape) + 1:
-        return np.asarray(array[index])
-    part = array[index * batch : (index + 1) * batch]
+def _cut(part: NDArray[Any], column: Column, tensor: gs.Variable, batch: int) -> NDArray[Any]:
+    if _holds_samples(column, tensor):
+        return np.asarray(part[0])
     if len(part) < batch:  # the last batch is filled up with its last sample
         part = np.concatenate([part, np.repeat(part[-1:], batch - len(part), 0)])
     return part

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,18 @@ def test_an_npz_is_cut_into_samples(tmp_path: Path) -> None:
     assert last.labels is not None
     assert last.labels.tolist() == [3, 4]
     assert len(samples.take(2)) == 2
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_large_files_are_not_read_whole(save: Any, tmp_path: Path) -> None:
+    path = tmp_path / "a.npz"
+    save(path, x=np.repeat(np.arange(4000, dtype=np.float32), 3000).reshape(4000, 3000))
+    wide = model("float[N, 3000] x", outputs="float[N, 3000] y")
+    tracemalloc.start()
+    samples = open_samples(path, wide).skip(2000)
+    assert [float(f["x"][0, 0]) for f in samples.take(5)] == [2000, 2001, 2002, 2003, 2004]
+    assert tracemalloc.get_traced_memory()[1] < 2e6  # the array has 48 MB
+    tracemalloc.stop()
 
 
 def test_a_folder_holds_a_sample_a_file(tmp_path: Path) -> None:
