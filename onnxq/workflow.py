@@ -40,6 +40,7 @@ SYNTHETIC = 32  # samples drawn when there is no data
 HELD_OUT = 256  # at most so many samples are kept from calibration
 COMPARE_SECONDS, TIME_SECONDS = 5.0, 3.0
 LAYERS_SAMPLES = 2
+INVALID = (onnx.checker.ValidationError, onnx.shape_inference.InferenceError)
 
 
 def load(model: ModelLike) -> Model:
@@ -104,7 +105,7 @@ def optimize(
     fidelity = timing = None
     if validate:
         with job.stage("validate"):
-            _check(edited)
+            _check(edited, original)
             fidelity = compare_outputs(
                 original, edited, held, seconds=COMPARE_SECONDS,
                 progress=job.sample_progress(len(held)),
@@ -199,13 +200,20 @@ def _require_quantized(notes: Sequence[Note]) -> None:
     )
 
 
-def _check(model: Model) -> None:
-    """Raise ModelError if the result is not valid: a bug of a pass, which must not reach a file."""
+def _check(model: Model, original: ModelLike) -> None:
+    """Raise ModelError if the result is not valid: a bug of a pass, which must not reach a file.
+
+    Where the checker does not take the original either, onnxruntime has the last word.
+    """
     if sum(model.weight_sizes()) > runtime.LARGE:
         return  # the checker wants it in one proto or file; the session that follows checks as well
     try:
         onnx.checker.check_model(model.to_proto(), full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as e:
+    except INVALID as e:
+        try:
+            onnx.checker.check_model(load(original).to_proto(), full_check=True)
+        except INVALID:
+            return
         raise ModelError(
             f"the result is not valid, which is a bug of onnxq: {runtime.one_line(e)}"
         ) from e

@@ -197,6 +197,20 @@ def test_bodies_are_cleaned_too() -> None:
     assert checked.ops == {"If": 1, "Conv": 2, "Relu": 1}
 
 
+def test_what_bodies_have_in_common_is_stored_once() -> None:
+    """Each body has the same tensor under the same name, made of constants."""
+    half = "Constant<value_floats = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]>()"
+    proto = graph(
+        f"y = If(c0) <then_branch = t () => (float[2, 4, 8, 8] u) {{ k = {half} n = Neg(k) u = Mul(x, n) }},"
+        f" else_branch = e () => (float[2, 4, 8, 8] v) {{ k = {half} n = Neg(k) v = Add(x, n) }}>",
+        f"bool c0, {IMAGE}",
+    )
+    x = np.random.default_rng(0).normal(0, 1, (2, 4, 8, 8)).astype(np.float32)
+    checked = check(cleanup, proto, feeds=[{"c0": np.array(c), "x": x} for c in (True, False)])
+    assert checked.ops == {"If": 1, "Mul": 1, "Add": 1}
+    assert len(checked.model.to_proto().graph.initializer) == 1
+
+
 def test_float16_is_folded_in_float16() -> None:
     proto = graph(
         "h = Conv(x, w, b) y = " + BN.format("h"), "float16[2, 4, 8, 8] x", "float16[a, b, c, d] y",

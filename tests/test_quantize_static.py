@@ -19,6 +19,7 @@ from onnxq.errors import DataError
 from onnxq.model import Model
 from onnxq.numerics.metrics import sqnr_db
 from onnxq.passes import QuantizeStatic, simplify_qdq
+from onnxq.schemes import PerChannel, PerTensor, QuantScheme
 from onnxq.targets import Target, load_target
 
 RNG = np.random.default_rng(7)
@@ -405,6 +406,34 @@ def test_a_calibration_of_another_model_is_refused(tmp_path: Path) -> None:
     other = model(f"other = Conv(x, w, b) e = Conv(other, w2) {TAIL}", outputs="float[a, b] y")
     with pytest.raises(DataError, match="has no statistics of 'other'"):
         quantized(other, calibration=path)
+
+
+SCHEMES = [
+    pytest.param("uint8", False, QuantScheme("int8", PerChannel()), id="u8s8"),
+    pytest.param("uint8", False, QuantScheme("int8", PerTensor()), id="per-tensor"),
+    pytest.param("uint8", False, QuantScheme("uint8", PerTensor(), symmetric=False), id="u8u8"),
+    pytest.param("uint8", True, QuantScheme("int8", PerChannel()), id="symmetric-unsigned"),
+    pytest.param("int8", False, QuantScheme("int8", PerChannel()), id="s8s8"),
+    pytest.param("int8", True, QuantScheme("int8", PerChannel()), id="symmetric"),
+    pytest.param("int8", True, QuantScheme("int8", symmetric=False), id="asymmetric-weights"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("form", "symmetric", "weights"), SCHEMES)
+def test_schemes(form: str, symmetric: bool, weights: QuantScheme) -> None:
+    before = model(
+        f"c = Conv(x, w, b) r = Relu(c) e = Conv(r, w2, b2) {TAIL}", outputs="float[a, b] y"
+    )
+    activations = QuantScheme(form, symmetric=symmetric)
+    target = replace(everything(), activations=activations, weights=weights)
+    after = before.copy()
+    QuantizeStatic(target, samples(before))(after)
+    onnx.checker.check_model(after.to_proto(), full_check=True)
+    stored = {str(n.inputs[0].dtype) for n in after.nodes("DequantizeLinear")}
+    assert stored == {form, weights.format, "int32"}
+    zero_points = [n.inputs[2].values for n in after.nodes("QuantizeLinear")]
+    assert not symmetric or all(z == (0 if form == "int8" else 128) for z in zero_points)
+    assert fidelity(before, after) > 20
 
 
 def test_a_second_run_changes_nothing() -> None:
