@@ -16,11 +16,12 @@ import onnx
 import onnx_graphsurgeon as gs
 from google.protobuf.message import EncodeError  # type: ignore[import-untyped]
 from numpy.typing import NDArray
+from onnx.inliner import inline_local_functions
 from onnx_graphsurgeon.logger import G_LOGGER
 
 from onnxq.errors import ModelError
 from onnxq.files import PROTOBUF_LIMIT, DataFolder, atomic_write, check_model, read_model
-from onnxq.opsets import carry, convert
+from onnxq.opsets import align_functions, carry, convert
 from onnxq.serialization import (
     DEFAULT_DOMAIN,
     Exporter,
@@ -32,7 +33,7 @@ from onnxq.serialization import (
     remember,
     walk,
 )
-from onnxq.shapes import Merge, fill, same_types, symbols, take_types, update
+from onnxq.shapes import Merge, fill, known_shapes, same_types, symbols, take_types, update
 from onnxq.sweeping import sweep
 from onnxq.weights import (
     SMALL,
@@ -263,15 +264,38 @@ class Model:
         for entry in self.envelope.opset_import:
             if entry.domain in DEFAULT_DOMAIN:
                 entry.version = version
+        needed = onnx.helper.find_min_ir_version_for(
+            self.envelope.opset_import, ignore_unknown=True
+        )
+        self._take(graph, version)
+        self._raise_ir(max(8, needed))
+
+    def inline_functions(self) -> list[str]:
+        """Replace calls of model-local functions by their bodies, nested ones too, in place.
+
+        The graph's nodes and tensors are replaced by new ones: look them up again.
+        Returns the names of the functions that are gone. One with other versions of operators than
+        the model's stays, as do the calls of it.
+        """
+        if not self.functions:
+            return []
+        before = self.functions
+        weights = Placeholders()
+        proto = self._export(weights)
+        align_functions(proto)
+        proto = inline_local_functions(proto)
+        graph = _imported(proto, weights.fetch)
+        self.envelope.CopyFrom(without(proto, "graph"))
+        self._take(graph, self.opset)
+        return [name for name in before if name not in self.functions]
+
+    def _take(self, graph: gs.Graph, opset: int) -> None:
+        """Become another graph with the same interface."""
         own = self.graph
         own.nodes, own.inputs, own.outputs = graph.nodes, graph.inputs, graph.outputs
         own.origin = origin_of(graph)
         for inner in walk(own):
-            inner.opset = version
-        needed = onnx.helper.find_min_ir_version_for(
-            self.envelope.opset_import, ignore_unknown=True
-        )
-        self._raise_ir(max(8, needed))
+            inner.opset = opset
         self._name_nodes()
         self._infer(fill)
         remember(own)
@@ -291,7 +315,7 @@ class Model:
         take_types(self.graph, inferred.graph, merge, known)
 
     def shapes_for(self, inputs: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
-        """Shapes of the main graph's tensors, by name, when its inputs have the given ones.
+        """Shapes of tensors, by name, when the inputs have the given ones; bodies included.
 
         Tensors whose shape cannot be inferred, or not wholly, are left out.
         """
@@ -311,12 +335,7 @@ class Model:
             graph = onnx.shape_inference.infer_shapes(proto, data_prop=True).graph
         except Exception:  # whatever C++ throws: inputs that do not fit say so when they are run
             return {}
-        known = {}
-        for value in (*graph.input, *graph.value_info, *graph.output):
-            kind = value.type.tensor_type
-            if kind.HasField("shape") and all(d.HasField("dim_value") for d in kind.shape.dim):
-                known[value.name] = [d.dim_value for d in kind.shape.dim]
-        return known
+        return known_shapes(graph)
 
     def graphs(self) -> list[gs.Graph]:
         """The main graph and all bodies of control flow, outermost first."""
@@ -355,14 +374,15 @@ class Model:
         like: gs.Tensor | None = None,
         dtype: Any = None,
         shape: Sequence[int | str | None] | None = None,
-        at: gs.Node | None = None,
+        at: gs.Node | gs.Graph | None = None,
         domain: str | None = None,
         **attrs: Any,
     ) -> gs.Variable:
         """Add a node with one output and return that output, named `name` (made unique).
 
         dtype and shape of the output are those of `like` unless given. The node goes into the graph
-        that holds `at` (default: the main graph); order does not matter, saving sorts the nodes.
+        `at`, or that holds the node `at` (default: the main graph); order does not matter, saving
+        sorts the nodes.
         """
         out = gs.Variable(
             self.unique(name),
@@ -377,7 +397,7 @@ class Model:
             outputs=[out],
             domain=domain,
         )
-        node.home = self.graph_of(at)
+        node.home = at if isinstance(at, gs.Graph) else self.graph_of(at)
         node.home.nodes.append(node)
         return out
 
@@ -391,6 +411,22 @@ class Model:
         if "home" not in node.__dict__:
             self.nodes()
         return node.__dict__.get("home", self.graph)
+
+    def home(self, tensor: gs.Tensor) -> gs.Graph:
+        """The graph (main or body) that makes or takes the tensor; the main one for constants."""
+        if tensor.inputs:
+            return self.graph_of(tensor.inputs[0])
+        bodies = self._walked or self.graphs()
+        return next((g for g in bodies if any(tensor is t for t in g.inputs)), self.graph)
+
+    def separate_names(self) -> None:
+        """Give tensors of different bodies different names (both branches of If may use one)."""
+        taken = set[str]()
+        for graph in self.graphs():
+            for name, tensor in local_tensors(graph).items():
+                if name in taken:
+                    tensor.name = self.unique(name)
+                taken.add(tensor.name)
 
     def is_output(self, tensor: gs.Tensor) -> bool:
         """Whether the tensor is an output of the main graph or of a body."""

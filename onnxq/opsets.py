@@ -57,12 +57,35 @@ def _refusal(version: int, what: str) -> ModelError:
     return ModelError(f"cannot be converted to opset {version} ({what}); export it with that opset")
 
 
-def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+def _nodes(graph: onnx.GraphProto | onnx.FunctionProto) -> Iterator[onnx.NodeProto]:
     for node in graph.node:
         yield node
         for attribute in node.attribute:
             for body in (attribute.g, *attribute.graphs):
                 yield from _nodes(body)
+
+
+def align_functions(proto: onnx.ModelProto) -> None:
+    """Let functions import the model's version of the default operators, where it is the same.
+
+    The inliner takes only functions with the model's very versions; onnx's checker also those whose
+    operators did not change between the two.
+    """
+    version = max((e.version for e in proto.opset_import if e.domain in DEFAULT_DOMAIN), default=0)
+    for function in proto.functions:
+        for entry in function.opset_import:
+            if entry.domain not in DEFAULT_DOMAIN or entry.version == version:
+                continue
+            used = {n.op_type for n in _nodes(function) if n.domain in DEFAULT_DOMAIN}
+            if all(_since(op, entry.version) == _since(op, version) for op in used):
+                entry.version = version
+
+
+def _since(op: str, version: int) -> int:
+    try:
+        return int(onnx.defs.get_schema(op, version).since_version)
+    except onnx.defs.SchemaError:
+        return 0
 
 
 def carry(old: gs.Graph, new: gs.Graph) -> None:

@@ -74,3 +74,17 @@ def copy_type(source: gs.Variable, target: gs.Variable) -> None:
     """Give a variable another's type."""
     target.dtype, target.type = source.dtype, source.type
     target.shape = None if source.shape is None else list(source.shape)
+
+
+def known_shapes(graph: onnx.GraphProto) -> dict[str, list[int]]:
+    """The shapes that are wholly known, by name of the tensor; bodies included."""
+    known: dict[str, list[int]] = {}
+    for node in graph.node:
+        for attribute in node.attribute:
+            for body in (attribute.g, *attribute.graphs):
+                known |= known_shapes(body)
+    for value in (*graph.input, *graph.value_info, *graph.output):
+        kind = value.type.tensor_type
+        if kind.HasField("shape") and all(d.HasField("dim_value") for d in kind.shape.dim):
+            known[value.name] = [d.dim_value for d in kind.shape.dim]
+    return known

@@ -27,6 +27,7 @@ from onnxq.passes.ops import (
     weight_input,
 )
 from onnxq.passes.work import Shapes
+from onnxq.serialization import bodies_of
 from onnxq.targets import Costs, OpRule, Target
 
 RULE = "quantize_static"
@@ -55,20 +56,20 @@ class Placement:
 
 
 def place(model: Model, target: Target, floats: Mapping[int, str], shapes: Shapes) -> Placement:
-    """Decide which nodes of the main graph run in integers.
+    """Decide which nodes run in integers; tensors of different bodies must have different names.
 
     floats: node id -> why that node has to stay float, found by the caller's rules. shapes: of
     tensors by name, as one sample has them.
     """
     chosen: dict[int, gs.Node] = {}
     declined: list[Note] = []
-    main = {id(node) for node in model.graph.nodes}
+    hidden = unobservable(model)
     for node in model.nodes(*target.operators, *(op for op in OPS if OPS[op].role == "linear")):
         try:
             if node.op not in target.operators:
                 raise Skip(f"{target.name} has no integer {node.op}")
-            if id(node) not in main:
-                raise Skip("inside a body of If, Loop or Scan: activations there stay float")
+            if id(model.graph_of(node)) in hidden:
+                raise Skip("in a loop inside of a loop: activations there stay float")
             check(node, target.operators[node.op])
             if id(node) in floats:
                 raise Skip(floats[id(node)])
@@ -78,6 +79,21 @@ def place(model: Model, target: Target, floats: Mapping[int, str], shapes: Shape
         else:
             chosen[id(node)] = node
     return _Chooser(model, target, chosen, shapes).placement(declined)
+
+
+def unobservable(model: Model) -> set[int]:
+    """The ids of bodies whose tensors cannot be calibrated, see `onnxq.bodies`."""
+    found = set[int]()
+
+    def visit(graph: gs.Graph, loops: int) -> None:
+        if loops > 1:
+            found.add(id(graph))
+        for node in graph.nodes:
+            for body in bodies_of(node):
+                visit(body, loops + (node.op != "If"))
+
+    visit(model.graph, 0)
+    return found
 
 
 def check(node: gs.Node, rule: OpRule) -> None:
@@ -139,7 +155,8 @@ class _Chooser:
         self, model: Model, target: Target, chosen: dict[int, gs.Node], shapes: Shapes
     ) -> None:
         self.target, self.chosen, self.shapes = target, chosen, shapes
-        self.outputs = {id(t) for t in model.graph.outputs}
+        self.outputs = {id(t) for graph in model.graphs() for t in graph.outputs}
+        self.graph_of = model.graph_of
         self.clamps: dict[int, gs.Node] = {}
         for node in chosen.values():
             if OPS[node.op].role in ("linear", "carry") and (clamp := self.clamp(node)):
@@ -264,6 +281,8 @@ class _Chooser:
             return None
         clamp = result.outputs[0]
         if clamp.op not in OPS or OPS[clamp.op].role != "absorb" or clamp.inputs[0] is not result:
+            return None
+        if self.graph_of(clamp) is not self.graph_of(node):
             return None
         bounds = clamp_bounds(clamp)
         return clamp if bounds and bounds[0] <= 0 <= bounds[1] else None

@@ -24,7 +24,7 @@ from onnxq.calibration import calibrate, load_calibration, save_calibration
 from onnxq.core import Note
 from onnxq.data import Samples
 from onnxq.errors import DataError
-from onnxq.model import Model, values_of
+from onnxq.model import Model, readers, values_of
 from onnxq.passes.ops import (
     OPS,
     activation_inputs,
@@ -77,6 +77,7 @@ class QuantizeStatic:
         target = self.target
         if model.opset < 13:  # DequantizeLinear has no axis there
             target = replace(target, weights=replace(target.weights, granularity=PerTensor()))
+        model.separate_names()
         first = next(iter(self.samples))
         shapes = model.shapes_for({name: np.shape(values) for name, values in first.items()})
         floats = graph_rules(model, macs(model, shapes))
@@ -156,6 +157,8 @@ class _Editor:
         self.weights: dict[tuple[int, QuantScheme, int | None], tuple[gs.Tensor, QParams]] = {}
         self.params: dict[int, QParams] = {}  # of each dequantized activation, by id
 
+        self.emitted: list[gs.Node] = []
+
     def edit(self, placement: Placement) -> list[Note]:
         notes = [self.note(node) for node in placement.nodes.values()]
         for key, clamp in placement.clamps.items():
@@ -168,6 +171,7 @@ class _Editor:
             self.constant_activations(node)
             if weight_input(node) is not None:
                 self.weight_and_bias(node)
+        self.bring_home(placement.nodes)
         return notes
 
     def note(self, node: gs.Node) -> Note:
@@ -204,8 +208,8 @@ class _Editor:
         """QuantizeLinear and DequantizeLinear behind `source`; the latter writes `result`."""
         constants = self.scale_and_zero_point(params, name)
         integers = self.model.emit(
-            "QuantizeLinear", source, *constants,
-            name=f"{name}_quantized", dtype=params.zero_point.dtype, shape=source.shape,
+            "QuantizeLinear", source, *constants, name=f"{name}_quantized",
+            dtype=params.zero_point.dtype, shape=source.shape, at=self.model.home(source),
         )  # fmt: skip
         return self.dequantize(integers, constants, f"{name}_dequantized", result)
 
@@ -218,13 +222,31 @@ class _Editor:
         **attrs: Any,
     ) -> gs.Tensor:
         made = self.model.emit(
-            "DequantizeLinear", integers, *constants,
-            name=name, dtype=np.dtype(np.float32), shape=integers.shape, **attrs,
+            "DequantizeLinear", integers, *constants, name=name, dtype=np.dtype(np.float32),
+            shape=integers.shape, at=self.model.home(integers), **attrs,
         )  # fmt: skip
+        self.emitted.append(made.inputs[0])
         if result is None:
             return made
         made.inputs[0].outputs[0] = result
         return result
+
+    def bring_home(self, nodes: Mapping[int, gs.Node]) -> None:
+        """Let integer nodes in bodies dequantize there: kernels do not see what is outside."""
+        graph_of = self.model.graph_of
+        for dequantize in self.emitted:
+            tensor = dequantize.outputs[0]
+            local: dict[int, gs.Tensor] = {id(graph_of(dequantize)): tensor}
+            for node, i in list(readers(tensor)):
+                graph = graph_of(node)
+                if id(node) not in nodes:
+                    continue
+                if id(graph) not in local:
+                    local[id(graph)] = self.model.emit(
+                        "DequantizeLinear", *dequantize.inputs, name=tensor.name, like=tensor,
+                        at=graph, **dequantize.attrs,
+                    )  # fmt: skip
+                node.inputs[i] = local[id(graph)]
 
     def dequantize_for(self, tensor: gs.Tensor, nodes: Mapping[int, gs.Node]) -> None:
         """A float tensor: only the integer nodes read it through a pair."""

@@ -14,6 +14,7 @@ import onnx_graphsurgeon as gs
 from onnxq.model import Model, producer, readers
 from onnxq.passes.ops import OPS, activation_inputs, is_constant
 from onnxq.passes.placement import Placement
+from onnxq.serialization import bodies_of
 from onnxq.statistics import Histogram
 
 # Operators that pass an error on as it is, or scaled: what lies behind them decides.
@@ -82,7 +83,7 @@ def front_ends(model: Model) -> Iterator[tuple[gs.Node, str]]:
     Spectrograms are of this kind. Statistics (behind a Reduce operator) are not: an average of many
     values has no small-value problem, and every decomposed normalisation would match.
     """
-    for node in model.graph.nodes:
+    for node in model.nodes():
         if OPS.get(node.op) is None or OPS[node.op].role != "linear":
             continue
         hit = _first(node, _is_relative, through=lambda n: n.op in PASSING)
@@ -143,18 +144,34 @@ def softmax_scores(model: Model) -> Iterator[tuple[gs.Node, str]]:
 def recurrent_state(model: Model) -> Iterator[tuple[gs.Node, str]]:
     """Layers that read or write a state which goes round: their errors add up from step to step.
 
-    A state is a float input, not the first, with the shape of an output (not the first either).
+    A state is what a Loop or Scan carries; and a float input of the model, not the first, with the
+    shape of an output (not the first either).
     """
     states = [
         (i, o) for i in model.graph.inputs[1:] for o in model.graph.outputs[1:] if _twins(i, o)
     ]
+    states += [pair for node in model.nodes("Loop", "Scan") for pair in _carried(node)]
     text = "recurrent state goes through it: errors would add up from step to step"
     for state, _ in states:
         for node in _layers(state, lambda t: [n for n, _ in readers(t)], lambda n: n.outputs):
             yield node, text
     for _, state in states:
-        for node in _layers(state, lambda t: list(t.inputs), lambda n: n.inputs):
+        for node in _layers(state, lambda t: list(t.inputs), _sources):
             yield node, text
+
+
+def _sources(node: gs.Node) -> list[gs.Tensor]:
+    return [*node.inputs, *(t for body in bodies_of(node) for t in body.outputs)]
+
+
+def _carried(node: gs.Node) -> Iterator[tuple[gs.Tensor, gs.Tensor]]:
+    """What the node's body takes from one run and gives to the next."""
+    body = node.attrs["body"]
+    if node.op == "Loop":
+        yield from zip(body.inputs[2:], body.outputs[1:], strict=False)
+    else:
+        count = len(body.inputs) - node.attrs["num_scan_inputs"]
+        yield from zip(body.inputs[:count], body.outputs, strict=False)
 
 
 def _twins(a: gs.Tensor, b: gs.Tensor) -> bool:
@@ -176,7 +193,7 @@ def _layers(
             if id(node) not in seen:
                 seen.add(id(node))
                 yield node
-                if node.op in PASSING:
+                if node.op in PASSING or node.op == "If":
                     todo.extend(onward(node))
 
 
@@ -214,6 +231,8 @@ def range_rules(placement: Placement, ranges: Mapping[str, Histogram]) -> Floats
         for tensor in (*node.inputs, *node.outputs):
             if any(ranges[name].has_nonfinite for name in placement.sources.get(tensor.name, ())):
                 floats[id(node)] = f"{tensor.name} has infinite values: no range covers them"
+            if any(not ranges[name].count for name in placement.sources.get(tensor.name, ())):
+                floats[id(node)] = "no sample takes the branch that it is in"
         if (
             id(node) not in floats
             and node.op == "Concat"

@@ -13,8 +13,9 @@ import pytest
 from onnx import parser
 
 from onnxq import calibration
-from onnxq.calibration import SAMPLE, WHOLE, Feed, calibrate, load_calibration, save_calibration
+from onnxq.calibration import Feed, calibrate, load_calibration, save_calibration
 from onnxq.errors import DataError, ModelError
+from onnxq.instrument import SAMPLE, WHOLE, stride
 from onnxq.model import Model
 from onnxq.numerics import histograms
 from onnxq.statistics import Histogram, MinMax, Statistic
@@ -86,7 +87,7 @@ def test_histograms_are_strided_samples_of_bounded_size(dims: str, shape: tuple[
 @pytest.mark.parametrize("shape", [(64, 64, 64), (256, 4096), (1, 3, 416, 416), (5, 200, 200)])
 def test_a_stride_visits_all_channels_and_columns_evenly(shape: tuple[int, ...]) -> None:
     size = int(np.prod(shape))
-    step = calibration.stride(size)
+    step = stride(size)
     picked = np.concatenate([np.arange((i * 2654435769) % step, size, step) for i in range(16)])
     for index, n in zip(np.unravel_index(picked, shape), shape, strict=True):
         share = np.bincount(index, minlength=n) * n / len(picked)

@@ -321,8 +321,8 @@ DECLINES = [
             " else_branch = f () => (float[1, 8, 10, 10] v) { v = Conv(x, w) }>",
             inputs="bool c, float[1, 8, 12, 12] x",
         ),
-        "inside a body",
-        id="body",
+        "no sample takes the branch",
+        id="branch-not-taken",
     ),
     pytest.param(
         dict(body="c = Conv(x, w) r = Log(c) e = Relu(r) y = Conv(e, w)"),
