@@ -7,13 +7,21 @@ from collections.abc import Iterator
 import onnx
 import onnx_graphsurgeon as gs
 from onnx import AttributeProto, version_converter
+from onnx.numpy_helper import to_array
 
 from onnxq.errors import ModelError
 from onnxq.serialization import DEFAULT_DOMAIN, bodies_of, local_tensors, origin_of
 from onnxq.shapes import copy_type
 
-MISCONVERTED = {"Scan": 9, "GroupNormalization": 21}
+MISCONVERTED = {"Scan": 9, "Hardmax": 13, "GroupNormalization": 21}
 """Operators that changed their meaning in that version, which the converter passes over."""
+
+DEFAULTS: dict[str, tuple[int, dict[str, str]]] = {
+    "Resize": (11, {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}),
+    "RoiAlign": (16, {"coordinate_transformation_mode": "output_half_pixel"}),
+}
+"""Attributes that came with that version, by default other than what was before: the converter
+does not write them."""
 
 _UNKNOWN = (
     AttributeProto.SPARSE_TENSOR,
@@ -46,11 +54,46 @@ def convert(proto: onnx.ModelProto, old: int, new: int) -> onnx.ModelProto:
         if op in used and old < changed <= new:
             raise _refusal(new, f"operator {op}")
     try:
-        return version_converter.convert_version(proto, new)
+        converted = version_converter.convert_version(proto, new)
     except Exception as e:  # whatever C++ throws
         text = " ".join(str(e).split())
         named = max((op for op in used if op in text), key=len, default=None)
         raise _refusal(new, f"operator {named}" if named else text) from e
+    for op, (changed, attributes) in DEFAULTS.items():
+        if old < changed <= new:
+            for node in _nodes(converted.graph):
+                if node.op_type == op and node.domain in DEFAULT_DOMAIN:
+                    _set(node, attributes)
+                    if op == "Resize" and _shrinks(node, converted.graph, new):
+                        _set(node, {"nearest_mode": "ceil"})
+    return converted
+
+
+def _shrinks(resize: onnx.NodeProto, graph: onnx.GraphProto, version: int) -> bool:
+    """Whether a nearest Resize of opset 10 shrinks: ONNX Runtime then takes the next pixel.
+
+    Raises ModelError when it shrinks one axis and enlarges another, which has no newer equivalent.
+    """
+    if any(a.name == "mode" and a.s != b"nearest" for a in resize.attribute):
+        return False
+    scales = [to_array(t) for t in graph.initializer if t.name == resize.input[2]]
+    scales += [
+        to_array(node.attribute[0].t)
+        for node in _nodes(graph)
+        if node.op_type == "Constant" and resize.input[2] in node.output
+    ]
+    if not scales or not (scales[0] < 1).any():
+        return False
+    if (scales[0] > 1).any():
+        raise _refusal(version, "operator Resize, which shrinks one axis and enlarges another")
+    return True
+
+
+def _set(node: onnx.NodeProto, attributes: dict[str, str]) -> None:
+    kept = [a for a in node.attribute if a.name not in attributes]
+    del node.attribute[:]
+    node.attribute.extend(kept)
+    node.attribute.extend(onnx.helper.make_attribute(k, v) for k, v in attributes.items())
 
 
 def _refusal(version: int, what: str) -> ModelError:

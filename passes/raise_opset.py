@@ -14,8 +14,8 @@ from onnxq.model import Model
 class RaiseOpset:
     """Convert the model to a newer version of the default operator set, if it is older.
 
-    A model that the version converter cannot take keeps its opset, with a note: later passes use
-    what it allows.
+    Where the version converter cannot, to the newest version that it can: later passes use what
+    that allows, and a note says what is in the way.
     """
 
     version: int
@@ -30,8 +30,13 @@ class RaiseOpset:
         before = model.opset
         if before >= self.version:
             return []
-        try:
-            model.raise_opset(self.version)
-        except ModelError as e:
-            return [Note(self.name, model.graph.name, str(e), changed=False)]
-        return [Note(self.name, model.graph.name, f"opset {before} to {model.opset}")]
+        notes: list[Note] = []
+        for version in range(self.version, before, -1):
+            try:
+                model.raise_opset(version)
+            except ModelError as e:
+                notes = notes or [Note(self.name, model.graph.name, str(e), changed=False)]
+            else:
+                notes.append(Note(self.name, model.graph.name, f"opset {before} to {version}"))
+                break
+        return notes
