@@ -12,10 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
 
 from onnxq.model import Model, values_of
 
@@ -103,6 +104,25 @@ def weight_axis(node: gs.Node, index: int) -> int | None:
         return None if rank < 2 else rank - 1 if index == 1 else rank - 2
     axis_of = OPS[node.op].axis
     return None if axis_of is None else axis_of(node) % rank
+
+
+def kernel_rows(node: gs.Node, values: NDArray[Any]) -> NDArray[Any] | None:
+    """The layer's weight as [groups, K, N], rows in the order in which kernels sum them.
+
+    Convolutions sum channels fastest, then kernel positions. None for layers that do not run as
+    matrix products: depthwise and transposed convolutions, constant left operands.
+    """
+    if node.op == "Conv":
+        group = node.attrs.get("group", 1)
+        if group > 1 and values.shape[1] == 1 and values.shape[0] == group:
+            return None
+        rows = np.moveaxis(values, 1, -1).reshape(group, values.shape[0] // group, -1)
+        return np.asarray(np.swapaxes(rows, 1, 2))
+    if node.op == "Gemm":
+        return np.asarray(values.T if node.attrs.get("transB", 0) else values)[None]
+    if node.op == "MatMul" and values.ndim == 2 and weight_input(node) in (1, None):
+        return values[None]
+    return None
 
 
 def activation_inputs(node: gs.Node) -> list[int]:
