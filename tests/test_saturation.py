@@ -60,7 +60,7 @@ def test_safe_scales_are_safe_and_least() -> None:
 
 def test_a_safe_scale_for_all_channels() -> None:
     w = RNG.normal(0, 1, (64, 40)).astype(np.float32)
-    safe = safe_scale(w, np.float32(np.abs(w).max() / 127))
+    safe = safe_scale(w, np.array(np.abs(w).max() / 127, np.float32))
     assert safe.shape == ()
     assert excess(np.rint(w / safe).astype(np.int8)).max() <= 1
 
@@ -98,8 +98,8 @@ def test_convolutions_are_emulated(op: str, shape: tuple[int, ...], groups: int)
     for g in range(groups):
         hot = np.zeros((depth * size, 4, *shape[2:]), np.float32)
         for k in range(depth * size):
-            at = np.unravel_index(k // depth, shape[2:])
-            hot[(k, g * depth + k % depth, *at)] = 1
+            i, j = np.unravel_index(k // depth, shape[2:])
+            hot[k, g * depth + k % depth, i, j] = 1
         gather = parser.parse_model((QDQ % op.replace(f"group = {groups}", "group = 1")).replace(
             "e = DequantizeLinear(w, ws, wz)", "e = Identity(w)"))  # fmt: skip
         gather.graph.initializer.append(numpy_helper.from_array(hot, "w"))
