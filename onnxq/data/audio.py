@@ -40,8 +40,9 @@ class Recording:
         wanted = min(count, self.frames - start) * self.channels * self.width
         if len(data) < wanted:
             raise DataError(f"{self.path}: cut off, its header promises {self.frames} values")
-        values = _floats(data, self.width)
-        return np.mean(values.reshape(-1, self.channels), axis=1, dtype=np.float32)
+        values = _floats(data, self.width).reshape(-1, self.channels)
+        mixed: NDArray[np.float32] = values.mean(1, dtype=np.float32)
+        return mixed
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,13 +140,13 @@ def _windows(recording: Recording, length: int | None) -> list[Window]:
 def _floats(data: bytes, width: int) -> NDArray[np.float32]:
     """Little-endian PCM as floats in [-1, 1): 8 bits are unsigned, more are signed."""
     if width == 1:
-        return (np.frombuffer(data, np.uint8).astype(np.float32) - 128) / 128
+        return np.frombuffer(data, np.uint8).astype(np.float32) / np.float32(128) - np.float32(1)
     if width == 3:  # as the upper three bytes of 32 bits
         wide = np.zeros((len(data) // 3, 4), np.uint8)
         wide[:, 1:] = np.frombuffer(data, np.uint8).reshape(-1, 3)
         data, width = wide.tobytes(), 4
-    values = np.frombuffer(data, f"<i{width}") / 2.0 ** (8 * width - 1)
-    return np.asarray(values, np.float32)
+    values = np.frombuffer(data, np.dtype(f"<i{width}"))
+    return (values / 2.0 ** (8 * width - 1)).astype(np.float32)
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,9 +45,7 @@ def from_text(path: Path, model: Model) -> Samples:
 
         def load(i: int) -> Feed:
             feed = _filled(rows[i], len(rows[i]), ids, others)
-            return {
-                n: row.reshape((1,) * (len(ids.shape) - 1) + row.shape) for n, row in feed.items()
-            }
+            return {name: row.reshape(lead + row.shape) for name, row in feed.items()}
 
         return listed(load, len(rows), said, model)
     if not isinstance(length, int):
