@@ -64,6 +64,8 @@ def _reading(path: Path) -> Iterator[None]:
         yield
     except (OSError, ValueError, EOFError, AttributeError, zlib.error, zipfile.BadZipFile) as e:
         text = str(e).splitlines()[0] if str(e) else type(e).__name__
+        if "pickle" in text or "Python objects" in text:
+            text = "it holds no array of numbers, save one with numpy.save or numpy.savez"
         raise DataError(f"{path}: cannot be read as {path.suffix}: {text}") from e
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -78,8 +79,7 @@ def _from_path(text: str, model: Model, images: ImageOptions | None) -> Samples:
     if path.is_dir():
         kind, files = _kind(path)
     elif path.is_file():
-        suffix = path.suffix.lower()
-        kind, files = KINDS.get(suffix, suffix), [path]
+        kind, files = _file_kind(path), [path]
     else:
         kind, files = "module:function", []
     if images is not None and kind != "images":
@@ -125,6 +125,14 @@ def _open(kind: str, files: list[Path], path: Path, model: Model, images: ImageO
     return arrays.from_npz(path, model)
 
 
+def _file_kind(path: Path) -> str:
+    suffix = path.suffix.lower()
+    kind = KINDS.get(suffix, suffix if suffix == ".txt" else None)
+    if kind is None and not zipfile.is_zipfile(path):  # as an .npz is, whatever it is called
+        raise DataError(f"{path}: is no kind of samples; {GIVE}")
+    return kind or ".npz"
+
+
 def _kind(folder: Path) -> tuple[str, list[Path]]:
     """What a folder holds, and its files (or test sets) in order.
 
@@ -146,7 +154,7 @@ def _kind(folder: Path) -> tuple[str, list[Path]]:
                 found.setdefault(kind, []).append(entry)
     if not found:
         held = Counter(p.suffix or "folders" for p in entries).most_common(1)
-        what = f"no samples among its {held[0][0]}" if held else "it is empty"
+        what = f"only {held[0][0]} and the like" if held else "it is empty"
         raise DataError(f"{folder}: no samples in this folder, {what}; {GIVE}")
     if len(found) > 1:
         listed_ = " and ".join(f"{len(files)} {kind}" for kind, files in found.items())

@@ -55,7 +55,8 @@ def _tensor(path: Path) -> onnx.TensorProto:
         tensor.ParseFromString(path.read_bytes())
     except (DecodeError, OSError) as e:
         raise DataError(f"{path}: cannot be read as a tensor: {e}") from e
-    if tensor.data_type == onnx.TensorProto.UNDEFINED:
+    is_sequence = tensor.HasField("segment")  # where a SequenceProto has its tensors
+    if is_sequence or tensor.data_type == onnx.TensorProto.UNDEFINED:
         raise DataError(f"{path}: is no tensor (sequences, maps and optionals cannot be fed)")
     if tensor.data_location == onnx.TensorProto.EXTERNAL:
         raise DataError(f"{path}: keeps its values in another file: write them into the .pb")
