@@ -55,7 +55,9 @@ def image_options(command: Any) -> Any:
         given |= {n: _numbers(n, text) for n, text in (("mean", mean), ("std", std)) if text}
         if size is not None:
             given["size"] = _size(size)
-        command(*args, images=_images(given) if given else None, **kwargs)
+        with errors(debug=kwargs["debug"]):
+            images = _images(given) if given else None
+        command(*args, images=images, **kwargs)
 
     for option in reversed(IMAGE_OPTIONS):
         run = option(run)

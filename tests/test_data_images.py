@@ -168,9 +168,9 @@ def test_modes_of_images(tmp_path: Path) -> None:
     }
     for name, picture in pictures.items():
         (tmp_path / name).mkdir()
-        picture.save(
-            tmp_path / name / "a.png", **({"transparency": b"\0"} if name == "palette" else {})
-        )
+        if name == "palette":
+            picture.info["transparency"] = b"\0"
+        picture.save(tmp_path / name / "a.png")
         np.testing.assert_array_equal(fed(tmp_path / name, wide)[0, :, :, 0], grey)
 
 
