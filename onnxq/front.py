@@ -30,7 +30,7 @@ class Front:
     @property
     def centre(self) -> float:
         """The value of x that is made 0."""
-        return -self.offset / self.scale
+        return 0.0 - self.offset / self.scale
 
     @property
     def unit(self) -> float:

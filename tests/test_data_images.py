@@ -169,7 +169,7 @@ def test_modes_of_images(tmp_path: Path) -> None:
     for name, picture in pictures.items():
         (tmp_path / name).mkdir()
         if name == "palette":
-            picture.info["transparency"] = b"\0"
+            picture.info["transparency"] = b"\0\x80"
         picture.save(tmp_path / name / "a.png")
         np.testing.assert_array_equal(fed(tmp_path / name, wide)[0, :, :, 0], grey)
 
