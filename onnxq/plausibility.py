@@ -19,9 +19,16 @@ from onnxq.data import Feed, Samples
 from onnxq.front import Front, front, weight_of
 from onnxq.model import Model, readers, values_of
 
-LOOKED_AT = 16  # samples that are looked at
+LOOKED_AT = 16  # samples that are looked at, fewer when they are large
+ENOUGH = 64e6  # bytes of them
 PATCHES = 64  # places of a sample where the first Conv is computed
-RATIO = 12.0  # of standard deviations that are too far apart: 0..255 for 0..1 is 255
+# Standard deviations against the trained ones that are too far apart. Measured on six nets: own
+# samples 0.8 to 1.4, images at 0.4 of their brightness 0.34, ImageNet's mean and std forgotten
+# 0.18 to 0.21, pixels of 0..255 for values of 0..1 49 to 193.
+TOO_LITTLE, TOO_MUCH = 0.2, 8.0
+# The same for samples that use all of 0..1 with the usual contrast: 0.8 for a net trained on such,
+# 0.18 to 0.36 for those that want mean and std.
+TOO_LITTLE_OF_UNIT, CONTRAST = 0.4, 0.15
 LARGE = (
     24.0  # a first Conv's response in multiples of its bias (or of 1): trained nets stay below 5
 )
@@ -44,6 +51,18 @@ class SeenInput:
     std: float
 
 
+def first(samples: Samples) -> list[Feed]:
+    """The feeds that are looked at."""
+    feeds: list[Feed] = []
+    size = 0
+    for feed in samples.take(LOOKED_AT):
+        feeds.append(feed)
+        size += sum(array.nbytes for array in feed.values())
+        if size > ENOUGH and len(feeds) > 1:
+            break
+    return feeds
+
+
 def look(feeds: Sequence[Feed]) -> tuple[SeenInput, ...]:
     """What the feeds are like, input by input."""
     return tuple(_seen(name, [np.asarray(feed[name]) for feed in feeds]) for name in feeds[0])
@@ -55,8 +74,9 @@ def _seen(name: str, arrays: Sequence[NDArray[Any]]) -> SeenInput:
     if not filled or filled[0].dtype.kind not in "biuf":
         return SeenInput(name, str(arrays[0].dtype), shapes, *[float("nan")] * 4)
     count = sum(array.size for array in filled)
-    mean = sum(float(array.sum(dtype=np.float64)) for array in filled) / count
-    square = sum(float(np.square(array - mean, dtype=np.float64).sum()) for array in filled)
+    with np.errstate(over="ignore", invalid="ignore"):  # float64 near its limits
+        mean = sum(float(array.sum(dtype=np.float64)) for array in filled) / count
+        square = sum(float(np.square(array - mean, dtype=np.float64).sum()) for array in filled)
     return SeenInput(
         name,
         str(arrays[0].dtype),
@@ -73,8 +93,7 @@ def doubts(model: Model, samples: Samples) -> tuple[str, ...]:
 
     Raises DataError for samples that cannot be read.
     """
-    feeds = list(samples.take(LOOKED_AT))
-    return () if samples.synthetic or not feeds else tuple(found(model, feeds))
+    return () if samples.synthetic else tuple(found(model, first(samples)))
 
 
 def found(model: Model, feeds: Sequence[Feed]) -> Iterator[str]:
@@ -161,7 +180,7 @@ def _scale(tensor: gs.Variable, seen: SeenInput, arrays: Sequence[NDArray[Any]])
         return None
     head = front(tensor)
     text = f"input {tensor.name!r} is fed values of {seen.lo:.3g} to {seen.hi:.3g}"
-    is_pixels = seen.lo >= 0 and PIXELS < seen.hi <= 256 and seen.mean > 4
+    is_pixels = _is_pixels(seen)
     if head.is_affine:
         wants = f"the graph itself takes {head.centre:.3g} off and divides by {head.unit:.3g}"
         is_normalised = max(abs(seen.lo), abs(seen.hi)) <= NORMALISED
@@ -172,11 +191,15 @@ def _scale(tensor: gs.Variable, seen: SeenInput, arrays: Sequence[NDArray[Any]])
         if is_pixels and head.unit < 4 and abs(head.centre) < 4:
             return f"{text}, but {wants}: feed values of 0 to 1"
         return None
-    return _response(head, text, arrays, is_pixels=is_pixels)
+    return _response(head, seen, text, arrays)
+
+
+def _is_pixels(seen: SeenInput) -> bool:
+    return seen.lo >= 0 and PIXELS < seen.hi <= 256 and seen.mean > 4
 
 
 def _response(
-    head: Front, text: str, arrays: Sequence[NDArray[Any]], *, is_pixels: bool
+    head: Front, seen: SeenInput, text: str, arrays: Sequence[NDArray[Any]]
 ) -> str | None:
     """What the first Conv makes of the samples against what follows it was trained with."""
     weight = head.layer and weight_of(head.layer)
@@ -192,15 +215,16 @@ def _response(
     if learned is not None:
         live = learned > 1e-3 * learned.max()
         ratio = float(np.median(deviation[live] / learned[live]))
-        if ratio > RATIO or ratio < 1 / RATIO:
-            how = f"{ratio:.0f} times as far" if ratio > 1 else f"1/{1 / ratio:.0f} as far"
+        is_unit = seen.lo >= 0 and 0.9 < seen.hi <= 1 and seen.std > CONTRAST
+        if not (TOO_LITTLE_OF_UNIT if is_unit else TOO_LITTLE) < ratio < TOO_MUCH:
+            how = f"{ratio:.0f} times as far" if ratio > 1 else f"{ratio:.1g} times as far"
             return (
                 f"{text}, which spread {how} behind the first Conv as its BatchNormalization "
                 "remembers from training: scale the samples as in training "
                 "(images: --preset, --scale, --mean, --std)"
             )
         return None
-    if not is_pixels or head.channels != 3 or _rescales(head.layer):
+    if not _is_pixels(seen) or head.channels != 3 or _rescales(head.layer):
         return None
     bias = None if len(head.layer.inputs) < 3 else values_of(head.layer.inputs[2])
     usual = max(1.0, 0.0 if bias is None else float(np.median(np.abs(bias.astype(np.float32)))))

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from onnxq.data import ImageOptions, Spec
-from onnxq.plausibility import LOOKED_AT, SeenInput, found, look
+from onnxq.plausibility import SeenInput, first, found, look
 from onnxq.recipes import load_recipe, plan
 from onnxq.report import SCHEMA, to_json
 from onnxq.targets import load_target
@@ -64,7 +64,7 @@ def preview(
     loaded, chosen, aim = load(model), load_recipe(recipe), load_target(target)
     samples = samples_for(loaded, data, images)
     pipeline = plan(chosen, aim, samples)
-    feeds = list(samples.take(LOOKED_AT))
+    feeds = first(samples)
     warnings = () if samples.synthetic else tuple(found(loaded, feeds))
     told = tuple(_told(p) for p in pipeline.passes)
     return Preview(told, samples.description, look(feeds), warnings)

@@ -109,7 +109,7 @@ def test_names_in_test_data_go_before_the_order(tmp_path: Path) -> None:
 
 def test_sequences_are_refused() -> None:
     text = '<ir_version: 8, opset_import: ["": 17]> g (seq(float[N]) s) => (int64 n) { n = SequenceLength(s) }'
-    with pytest.raises(DataError, match="input 's' is a sequence: only tensors can be fed"):
+    with pytest.raises(DataError, match="input 's' is of type sequence: only tensors can be fed"):
         open_samples([{"s": [ROWS[0]]}], Model.from_proto(parser.parse_model(text)))
 
 

@@ -17,7 +17,7 @@ from onnxq.cli import main
 from onnxq.data import open_samples
 from onnxq.front import front
 from onnxq.model import Model
-from onnxq.plausibility import doubts, found, look
+from onnxq.plausibility import doubts, first, found, look
 from onnxq.synthetic import synthetic_samples
 
 MODELS = Path(__file__).parent.parent / "models"
@@ -68,7 +68,7 @@ SCALES = [
     pytest.param(BN, f"{WEIGHT}, {statistics(0, 0.05)}>", PIXELS, "spread .* times as far behind the first Conv", id="bn-pixels"),
     pytest.param(BN, f"{WEIGHT}, {statistics(0, 0.05)}>", UNIT, None, id="bn-unit"),
     pytest.param(BN, f"{WEIGHT}, {statistics(0, 3000)}>", PIXELS, None, id="bn-of-pixels"),
-    pytest.param(BN, f"{WEIGHT}, {statistics(0, 3000)}>", UNIT, "spread 1/.* as far behind the first Conv", id="bn-of-pixels-unit"),
+    pytest.param(BN, f"{WEIGHT}, {statistics(0, 3000)}>", UNIT, "spread 0.* times as far behind the first Conv", id="bn-of-pixels-unit"),
     pytest.param("d = Div(x, k) y = Conv(d, w)", f"{WEIGHT}, float k = {{255}}>", UNIT, "takes 0 off and divides by 255: feed pixels", id="div-unit"),
     pytest.param("d = Div(x, k) y = Conv(d, w)", f"{WEIGHT}, float k = {{255}}>", PIXELS, None, id="div-pixels"),
     pytest.param("d = Mul(x, k) y = Conv(d, w)", f"{WEIGHT}, float k = {{0.0039}}>", UNIT, "divides by 256", id="mul-unit"),
@@ -90,6 +90,21 @@ def test_values_of_another_scale(body: str, inits: str, arrays: Any, text: str |
     else:
         (warning,) = said
         assert re.search(text, warning), warning
+
+
+def test_a_forgotten_mean_and_deviation() -> None:
+    imagenet = model(IMAGE, BN, f"{WEIGHT}, {statistics(0, 1.6)}>")
+    assert "spread 0.3 times as far" in warnings(imagenet, *UNIT)[0]
+    assert warnings(imagenet, *((UNIT - 0.45) / 0.3)) == []
+    assert warnings(imagenet, *((UNIT - 0.45) / 0.8)) == []  # little contrast, but not 0..1
+    assert warnings(imagenet, *UNIT * 0.89) == []  # not all of 0..1 is used
+
+
+def test_large_samples_are_not_all_kept() -> None:
+    large = model("float[N, T] x", "y = Relu(x)")
+    row = np.zeros((1, 10_000_000), np.float32)
+    assert len(first(open_samples([{"x": row}] * 8, large))) == 2
+    assert len(first(open_samples([{"x": row[:, :9]}] * 20, large))) == 16
 
 
 def test_one_channel_is_not_judged_by_its_first_layer() -> None:

@@ -55,7 +55,7 @@ def open_samples(spec: Spec, model: Model, *, images: ImageOptions | None = None
         for tensor in model.graph.inputs:
             if getattr(tensor, "type", "tensor_type") != "tensor_type":
                 kind = str(tensor.type).removesuffix("_type")
-                raise DataError(f"input {tensor.name!r} is a {kind}: only tensors can be fed")
+                raise DataError(f"input {tensor.name!r} is of type {kind}: only tensors can be fed")
         if isinstance(spec, str | os.PathLike):
             return _from_path(os.fspath(spec), model, images)
     if images is not None:
