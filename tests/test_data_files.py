@@ -148,6 +148,20 @@ def test_pcm_of_each_width_is_read(width: int, step: float, tmp_path: Path) -> N
     assert 1 - 1.5 * step <= extremes.max() <= 1
 
 
+def extensible(path: Path) -> Path:
+    """Rewrite a PCM file as WAVE_FORMAT_EXTENSIBLE, as other programs write 24 bits."""
+    old = path.read_bytes()
+    tail = b"\x16\0\x18\0\4\0\0\0\1\0\0\0\0\0\x10\0\x80\0\0\xaa\0\x38\x9b\x71"
+    head = b"RIFF" + (len(old) + 16).to_bytes(4, "little") + b"WAVEfmt \x28\0\0\0\xfe\xff"
+    return broken(path, head + old[22:36] + tail + old[36:])
+
+
+def test_extensible_files_are_pcm_too(tmp_path: Path) -> None:
+    extensible(wav(tmp_path / "a.wav", TONE, width=3))
+    got = fed(open_samples(tmp_path, model("float[1, 50] x")))
+    np.testing.assert_allclose(got.ravel(), TONE, atol=2**-22)
+
+
 @pytest.mark.parametrize(
     ("text", "shape"),
     [

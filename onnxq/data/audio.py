@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import wave
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,6 +23,29 @@ LONGEST = 30  # seconds of a window where the input's length is free
 CONVERT = "convert it to 16-bit PCM"
 
 
+class _AsPcm(io.FileIO):
+    """A file whose format WAVE_FORMAT_EXTENSIBLE is read as what it stands for.
+
+    Files of 24 bits are usually of that format, which `wave` reads from Python 3.12 on only.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        head = super().read(1024)
+        self.seek(0)
+        found = head.find(b"fmt ") + 8  # then tag, channels, rates, bits, ..., the real tag at 24
+        is_extensible = head[found : found + 2] == b"\xfe\xff" and len(head) > found + 26
+        self.tag, self.place = head[found + 24 : found + 26] if is_extensible else b"", found
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        begin = self.tell()
+        data = bytearray(super().read(-1 if size is None else size) or b"")
+        offset = self.place - begin
+        if self.tag and 0 <= offset <= len(data) - 2:
+            data[offset : offset + 2] = self.tag
+        return bytes(data)
+
+
 @dataclass(frozen=True, slots=True)
 class Recording:
     """What the header of a .wav file says; `frames` are values a channel."""
@@ -34,7 +58,7 @@ class Recording:
 
     def read(self, start: int, count: int) -> NDArray[np.float32]:
         """Values from `start` on, at most `count`, the mean of the channels."""
-        with wave.open(str(self.path), "rb") as stream:
+        with _AsPcm(self.path) as file, wave.open(file, "rb") as stream:
             stream.setpos(start)
             data = stream.readframes(count)
         wanted = min(count, self.frames - start) * self.channels * self.width
@@ -108,7 +132,7 @@ def _length(tensor: gs.Variable) -> int | None:
 
 def _header(path: Path) -> Recording:
     try:
-        with wave.open(str(path), "rb") as stream:
+        with _AsPcm(path) as file, wave.open(file, "rb") as stream:
             found = Recording(
                 path,
                 stream.getframerate(),
