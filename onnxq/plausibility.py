@@ -209,8 +209,10 @@ def _response(
     if values[0].size > LARGEST_KERNEL:
         return None
     flat = values.astype(np.float32).reshape(len(values), -1)
-    responses = [_patches(a, head, values.shape[2:]) @ flat.T for a in arrays[:4]]
-    deviation = np.concatenate(responses).std(0)
+    responses = np.concatenate([_patches(a, head, values.shape[2:]) @ flat.T for a in arrays[:4]])
+    if not len(responses):
+        return None
+    deviation = responses.std(0)
     learned = _learned(head.layer)
     if learned is not None:
         live = learned > 1e-3 * learned.max()

@@ -79,6 +79,11 @@ SCALES = [
     pytest.param("d = Mul(x, k) e = Sub(d, j) y = Conv(e, w)", f"{WEIGHT}, float k = {{255}}, float j = {{114}}>", UNIT, None, id="scaled-up-first"),
     pytest.param("d = BatchNormalization(x, g, b, m, v) y = Relu(d)", "<" + ", ".join(numbers(n, *[v] * 3) for n, v in (("g", 1.0), ("b", 0.0), ("m", 120.0), ("v", 4000.0))) + ">", UNIT, "takes 120 off and divides by 63.2", id="bn-first"),
     pytest.param("y = Relu(x)", "", PIXELS, None, id="no-layer"),
+    pytest.param("d = Add(x, k) y = Conv(d, w)", f"{WEIGHT}, float k = {{-120}}>", UNIT, "takes 120 off", id="add"),
+    pytest.param("d = Mul(x, x) y = Conv(d, w)", CONV, PIXELS, None, id="of-itself"),
+    pytest.param("d = Transpose<perm = [0, 1, 3, 2]>(x) y = Conv(d, w)", CONV, PIXELS, None, id="other-axes"),
+    pytest.param("y = Conv(x, w) z = Relu(x)", CONV, PIXELS, None, id="two-readers"),
+    pytest.param("y = Conv(x, w)", CONV, PIXELS[..., :2], None, id="smaller-than-the-filter"),
 ]  # fmt: skip
 
 
