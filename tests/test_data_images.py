@@ -220,6 +220,7 @@ MISTAKES = [
     pytest.param(write, GREY, {"bgr": True}, "has one channel: bgr has no effect", id="grey-bgr"),
     pytest.param(write, GREY, {"mean": (0.1, 0.2, 0.3)}, "has one channel: give one mean", id="grey-mean"),
     pytest.param(lambda d: {"x": RGB}, PIXELS, {"bgr": True}, "image options, but the samples are no folder of images", id="arrays"),
+    pytest.param(lambda d: d / "nowhere", PIXELS, {"bgr": True}, "nowhere: no such file or folder", id="nowhere"),
     pytest.param(lambda d: mixed(d) / "a.npz", PIXELS, {"bgr": True}, "a.npz: image options, but these are no images", id="npz"),
 ]  # fmt: skip
 

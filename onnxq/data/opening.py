@@ -80,8 +80,10 @@ def _from_path(text: str, model: Model, images: ImageOptions | None) -> Samples:
         kind, files = _kind(path)
     elif path.is_file():
         kind, files = _file_kind(path), [path]
-    else:
+    elif re.fullmatch(r"[\w.]+:\w*", text):
         kind, files = "module:function", []
+    else:
+        raise DataError(f"{text}: no such file or folder; {GIVE}")
     if images is not None and kind != "images":
         raise DataError(f"{text}: image options, but these are no images: leave them out")
     if not inputs_of(model):
@@ -109,11 +111,9 @@ def _open(kind: str, files: list[Path], path: Path, model: Model, images: ImageO
 
         return from_sets(files, text, model)
     if kind == "module:function":
-        module, colon, name = text.rpartition(":")
-        if not colon or not module.replace(".", "").replace("_", "").isalnum():
-            raise DataError(f"{text}: no such file or folder; {GIVE}")
         from onnxq.data.functions import from_function, imported
 
+        module, _, name = text.partition(":")
         return from_function(imported(module, name), text, model)
     from onnxq.data import arrays
 
