@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from onnxq.core import Fixpoint, Note, Pass, Pipeline, Skip, rewrites
-    from onnxq.data import Samples, open_samples
+    from onnxq.data import ImageOptions, Samples, open_samples
     from onnxq.errors import BudgetError, DataError, ModelError, OnnxqError, RecipeError
     from onnxq.model import Model
     from onnxq.report import Report
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "core": ("Fixpoint", "Note", "Pass", "Pipeline", "Skip", "rewrites"),
-    "data": ("Samples", "open_samples"),
+    "data": ("ImageOptions", "Samples", "open_samples"),
     "errors": ("BudgetError", "DataError", "ModelError", "OnnxqError", "RecipeError"),
     "model": ("Model",),
     "report": ("Report",),
@@ -32,6 +32,7 @@ __all__ = [
     "BudgetError",
     "DataError",
     "Fixpoint",
+    "ImageOptions",
     "Model",
     "ModelError",
     "Note",

@@ -14,12 +14,15 @@ import click
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from onnxq.data import ImageOptions
     from onnxq.workflow import Progress
 
 BUG = 70  # EX_SOFTWARE of sysexits.h
 
 DATA = """Samples: an .npz file (arrays named as the model's inputs, sample axis first, and maybe
-`labels`), a folder of .npz files (one a sample), or module:function that yields dicts of arrays."""
+`labels`), a .npy of the only input, a folder of .npz or .npy (one a sample), a folder of images
+(needs onnxq[images]) or of .wav files, a .txt of token ids (a sample a line), a test_data_set
+folder of ONNX, or module:function that yields dicts of arrays."""
 
 
 def _version() -> str:
@@ -40,6 +43,79 @@ def target_option(command: Any) -> Any:
 def data_option(command: Any) -> Any:
     """The option --data, everywhere the same."""
     return click.option("--data", metavar="SAMPLES", help=DATA)(command)
+
+
+def image_options(command: Any) -> Any:
+    """How a folder of images is fed, as the one keyword `images`; everywhere the same."""
+
+    @wraps(command)
+    def run(*args: Any, size: str | None, mean: str | None, std: str | None, **kwargs: Any) -> None:
+        names = ("scale", "bgr", "resize", "preset")
+        given = {n: value for n in names if (value := kwargs.pop(n)) not in (None, False)}
+        given |= {n: _numbers(n, text) for n, text in (("mean", mean), ("std", std)) if text}
+        if size is not None:
+            given["size"] = _size(size)
+        with errors(debug=kwargs["debug"]):
+            images = _images(given) if given else None
+        command(*args, images=images, **kwargs)
+
+    for option in reversed(IMAGE_OPTIONS):
+        run = option(run)
+    return run
+
+
+IMAGE_OPTIONS = (
+    click.option(
+        "--preset", metavar="NAME",
+        help="For images: imagenet (mean and std of ImageNet, crop) or yolo (letterbox); "
+        "the options below change single values of it.",
+    ),
+    click.option(
+        "--size", metavar="HxW",
+        help="For images, where the model's input leaves it free; default: the first image's.",
+    ),
+    click.option(
+        "--scale", type=float, metavar="FACTOR",
+        help="For images: pixels of 0..255 are multiplied by this first; default: 1/255.",
+    ),
+    click.option(
+        "--mean", metavar="M[,M,M]",
+        help="For images: taken off after --scale, one for all or one a channel; default: 0.",
+    ),
+    click.option(
+        "--std", metavar="S[,S,S]",
+        help="For images: divided by after --mean, one for all or one a channel; default: 1.",
+    ),
+    click.option(
+        "--bgr", is_flag=True, help="For images: blue first (and in --mean, --std); default: RGB."
+    ),
+    click.option(
+        "--resize", metavar="HOW",
+        help="For images: stretch (default), crop (cover the size, cut the middle out) or "
+        "letterbox (fit in, grey borders).",
+    ),
+)  # fmt: skip
+
+
+def _numbers(name: str, text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(word) for word in text.split(","))
+    except ValueError:
+        raise click.UsageError(f"--{name} {text}: give one number, or three with commas") from None
+
+
+def _size(text: str) -> tuple[int, int]:
+    height, _, width = text.lower().partition("x")
+    try:
+        return int(height), int(width or height)
+    except ValueError:
+        raise click.UsageError(f"--size {text}: give height x width, as in 224x224") from None
+
+
+def _images(given: dict[str, Any]) -> ImageOptions:
+    from onnxq.data import ImageOptions
+
+    return ImageOptions(**given)
 
 
 def output_options(command: Any) -> Any:
@@ -107,6 +183,7 @@ def main() -> None:
 @click.argument("model")
 @click.argument("output")
 @data_option
+@image_options
 @click.option(
     "--recipe", default="int8", show_default=True, metavar="NAME",
     help="What to do: int8, cleanup (floats stay floats), or a .toml file.",
@@ -133,6 +210,7 @@ def optimize(
     output: str,
     *,
     data: str | None,
+    images: ImageOptions | None,
     recipe: str,
     target: str,
     calibration: str | None,
@@ -153,15 +231,16 @@ def optimize(
     if dry_run:
         from onnxq.preview import preview
 
-        show(preview(model, data=data, recipe=recipe, target=target), json_file, quiet=quiet)
+        shown = preview(model, data=data, images=images, recipe=recipe, target=target)
+        show(shown, json_file, quiet=quiet)
         return
     from onnxq import workflow
 
     with progress_bar(quiet=quiet) as progress:
         report = workflow.optimize(
-            model, output, data=data, recipe=recipe, target=target, calibration=calibration,
-            min_sqnr=min_sqnr, validate=not no_validate, allow_unchanged=allow_unchanged,
-            progress=progress,
+            model, output, data=data, images=images, recipe=recipe, target=target,
+            calibration=calibration, min_sqnr=min_sqnr, validate=not no_validate,
+            allow_unchanged=allow_unchanged, progress=progress,
         )  # fmt: skip
     for warning in report.warnings:
         if not quiet:
@@ -189,6 +268,7 @@ def inspect(model: str, *, target: str, json_file: str | None, quiet: bool) -> N
 @click.argument("original")
 @click.argument("result")
 @data_option
+@image_options
 @click.option(
     "--min-sqnr", type=float, metavar="DB",
     help="Exit 1 if an output's signal to noise ratio is below this.",
@@ -199,6 +279,7 @@ def compare(
     result: str,
     *,
     data: str | None,
+    images: ImageOptions | None,
     min_sqnr: float | None,
     json_file: str | None,
     quiet: bool,
@@ -211,7 +292,7 @@ def compare(
     from onnxq import workflow
 
     with progress_bar(quiet=quiet) as progress:
-        comparison = workflow.compare(original, result, data=data, progress=progress)
+        comparison = workflow.compare(original, result, data=data, images=images, progress=progress)
     show(comparison, json_file, quiet=quiet)
     if min_sqnr is not None and comparison.fidelity.sqnr_db < min_sqnr:
         from onnxq.errors import BudgetError

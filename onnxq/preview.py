@@ -5,39 +5,28 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from onnxq.data import Samples, Spec, open_samples
+from onnxq.data import ImageOptions, Spec
+from onnxq.plausibility import SeenInput, first, found, look
 from onnxq.recipes import load_recipe, plan
 from onnxq.report import SCHEMA, to_json
-from onnxq.synthetic import synthetic_samples
 from onnxq.targets import load_target
-from onnxq.workflow import SYNTHETIC, ModelLike, load
+from onnxq.workflow import ModelLike, load, samples_for
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-LOOKED_AT = 16  # samples whose ranges are shown
-
-
-@dataclass(frozen=True, slots=True)
-class SeenInput:
-    """One input over the first samples: type, shapes, least and greatest value."""
-
-    name: str
-    dtype: str
-    shapes: tuple[tuple[int, ...], ...]
-    lo: float
-    hi: float
-
 
 @dataclass(frozen=True, slots=True)
 class Preview:
-    """The passes that would run, with their options, and the samples that would be fed."""
+    """The passes that would run, with their options, and the samples that would be fed.
+
+    warnings: where the samples look unlike what the graph expects.
+    """
 
     passes: tuple[str, ...]
     samples: str
     inputs: tuple[SeenInput, ...]
+    warnings: tuple[str, ...] = ()
 
     def to_json(self) -> str:
         """The preview for machines."""
@@ -52,22 +41,33 @@ class Preview:
         for seen in self.inputs:
             shapes = ", ".join(str(list(shape)) for shape in seen.shapes)
             console.print(
-                f"  {seen.name} {seen.dtype} {shapes}, values {seen.lo:.4g} to {seen.hi:.4g}"
+                f"  {seen.name} {seen.dtype} {shapes}, values {seen.lo:.4g} to {seen.hi:.4g}, "
+                f"mean {seen.mean:.4g}, std {seen.std:.4g}"
             )
+        for warning in self.warnings:
+            console.print(f"warning: {warning}")
         console.print("nothing was written")
 
 
 def preview(
-    model: ModelLike, *, data: Spec | None = None, recipe: str = "int8", target: str = "ort-cpu"
+    model: ModelLike,
+    *,
+    data: Spec | None = None,
+    images: ImageOptions | None = None,
+    recipe: str = "int8",
+    target: str = "ort-cpu",
 ) -> Preview:
     """Plan, and look at the first samples; nothing runs and nothing is written.
 
     Raises OnnxqError as `optimize` does for files, samples and names that cannot be used.
     """
     loaded, chosen, aim = load(model), load_recipe(recipe), load_target(target)
-    samples = synthetic_samples(loaded, SYNTHETIC) if data is None else open_samples(data, loaded)
+    samples = samples_for(loaded, data, images)
     pipeline = plan(chosen, aim, samples)
-    return Preview(tuple(_told(p) for p in pipeline.passes), samples.description, _seen(samples))
+    feeds = first(samples)
+    warnings = () if samples.synthetic else tuple(found(loaded, feeds))
+    told = tuple(_told(p) for p in pipeline.passes)
+    return Preview(told, samples.description, look(feeds), warnings)
 
 
 def _told(pass_: object) -> str:
@@ -78,18 +78,3 @@ def _told(pass_: object) -> str:
     }
     shown = ", ".join(f"{k}={getattr(v, 'name', v)}" for k, v in options.items() if v is not None)
     return f"{pass_.name}({shown})" if shown else str(pass_.name)  # type: ignore[attr-defined]
-
-
-def _seen(samples: Samples) -> tuple[SeenInput, ...]:
-    found: dict[str, SeenInput] = {}
-    for feed in samples.take(LOOKED_AT):
-        for name, array in feed.items():
-            lo, hi = (float(array.min()), float(array.max())) if array.size else (np.nan, np.nan)
-            old = found.get(name)
-            shapes = (
-                (array.shape,) if old is None else tuple(dict.fromkeys((*old.shapes, array.shape)))
-            )
-            if old is not None:
-                lo, hi = min(lo, old.lo), max(hi, old.hi)
-            found[name] = SeenInput(name, str(array.dtype), shapes, lo, hi)
-    return tuple(found.values())

@@ -19,12 +19,13 @@ import onnx_graphsurgeon as gs
 from onnxq import runtime
 from onnxq.core import Note, Pipeline
 from onnxq.coverage import coverage
-from onnxq.data import Samples, Spec, open_samples
-from onnxq.errors import BudgetError, ModelError
+from onnxq.data import ImageOptions, Samples, Spec, open_samples
+from onnxq.errors import BudgetError, DataError, ModelError
 from onnxq.model import Model
 from onnxq.passes.placement import place
 from onnxq.passes.sensitive import graph_rules
 from onnxq.passes.work import macs
+from onnxq.plausibility import doubts
 from onnxq.recipes import load_recipe, plan
 from onnxq.report import Comparison, Inspection, Report
 from onnxq.synthetic import synthetic_samples
@@ -58,6 +59,7 @@ def optimize(
     output: PathLike | None = None,
     *,
     data: Spec | None = None,
+    images: ImageOptions | None = None,
     recipe: str = "int8",
     target: str = "ort-cpu",
     calibration: PathLike | None = None,
@@ -69,9 +71,9 @@ def optimize(
 ) -> Report:
     """Optimize a model by a recipe for a target, compare it with the original, and write it.
 
-    data: see `onnxq.data.open_samples`; synthetic samples without. The last quarter of 8 or more
-    samples is kept from calibration and used for the comparison. calibration: a file; re-used when
-    it is there, written when not. min_sqnr: dB that every output must reach. output None, or
+    data, images: see `onnxq.data.open_samples`; synthetic samples without. The last quarter of 8 or
+    more samples is kept from calibration and used for the comparison. calibration: a file; re-used
+    when it is there, written when not. min_sqnr: dB that every output must reach. output None, or
     dry_run: nothing is written.
 
     Raises OnnxqError: ModelError, DataError, RecipeError for what cannot be used; BudgetError when
@@ -83,14 +85,13 @@ def optimize(
         edited = load(original).copy() if isinstance(original, Model) else load(original)
         chosen, aim = load_recipe(recipe), load_target(target)
         before = _size(original), len(edited.nodes()), edited.opset
+        samples = samples_for(edited, data, images)
+        job.warnings += doubts(edited, samples)
         if data is None:
-            samples = synthetic_samples(edited, SYNTHETIC)
             job.warnings.append(
                 "no --data: ranges come from synthetic samples, expect a loss of accuracy; "
                 "give real ones before you deploy"
             )
-        else:
-            samples = open_samples(data, edited)
         fitting, held = _split(samples)
     path = None if calibration is None else Path(calibration)
     pipeline = plan(
@@ -137,6 +138,18 @@ def optimize(
         seconds=job.seconds,
         environment=runtime.environment(),
     )
+
+
+def samples_for(model: Model, data: Spec | None, images: ImageOptions | None = None) -> Samples:
+    """The samples that `data` stands for; synthetic ones when it is None.
+
+    Raises DataError as `onnxq.data.open_samples` does.
+    """
+    if data is not None:
+        return open_samples(data, model, images=images)
+    if images is not None:
+        raise DataError("image options without samples: give a folder of images as --data")
+    return synthetic_samples(model, SYNTHETIC)
 
 
 @dataclass(slots=True)
@@ -302,6 +315,7 @@ def compare(
     result: ModelLike,
     *,
     data: Spec | None = None,
+    images: ImageOptions | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
     """Compare two versions of a model on samples: each output, and each layer both have by name.
@@ -309,7 +323,7 @@ def compare(
     Raises ModelError unless they are versions of one model, DataError for samples that do not fit.
     """
     one, two = load(original), load(result)
-    samples = synthetic_samples(one, SYNTHETIC) if data is None else open_samples(data, one)
+    samples = samples_for(one, data, images)
     tell = None if progress is None else _Job(progress, now="compare").sample_progress(len(samples))
     fidelity = compare_outputs(original, result, samples, progress=tell)
     layers = layer_fidelity(one, two, samples.take(LAYERS_SAMPLES))

@@ -155,8 +155,8 @@ ERRORS = [
         lambda d: (MODEL, "out.onnx", npz(d / "a.npz", image=IMAGES * np.nan)), 2,
         "sample 0: input 'image' has NaN", id="nan",
     ),
-    pytest.param(lambda d: (MODEL, "out.onnx", d), 2, "no .npz files", id="empty-folder"),
-    pytest.param(lambda d: (MODEL, "out.onnx", MODEL), 2, "cannot be read as .npz", id="no-npz"),
+    pytest.param(lambda d: (MODEL, "out.onnx", d), 2, "folder, it is empty", id="empty-folder"),
+    pytest.param(lambda d: (MODEL, "out.onnx", MODEL), 2, "is no kind of samples", id="no-npz"),
     pytest.param(lambda d: (MODEL, "out.onnx", "no.npz"), 2, "no such file", id="no-data"),
     pytest.param(
         lambda d: (model_without_layers(d / "m"), "out.onnx", npz(d / "a.npz", image=IMAGES)), 1,

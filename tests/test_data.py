@@ -128,6 +128,11 @@ MISTAKES = [
     pytest.param({"x": ROWS}, IDS, "is float32, the model wants int8", id="float-ids"),
     pytest.param({"x": np.full((1, 3), 300)}, IDS, "is int64, the model wants int8", id="too-large"),
     pytest.param([], None, "no samples", id="no-feeds"),
+    pytest.param({"x": ROWS, "z": ROWS[:2]}, model("float[N, 3] x, float[N, 3] z"), "different numbers of samples: x 5, z 2", id="counts"),
+    pytest.param(lambda: [{"x": ROWS[:1]}, 3], None, "yields int, not a dict of arrays", id="no-dict"),
+    pytest.param(list, None, "yields no samples", id="no-yield"),
+    pytest.param("onnxq.data.samples:LABELS", None, "is not a function that yields feeds", id="no-function"),
+    pytest.param(__file__, model("", "y = Constant<value_float = 1.0>()", "float y"), "is no kind of samples", id="source"),
     pytest.param("nowhere", None, "no such file", id="path"),
 ]  # fmt: skip
 
@@ -146,6 +151,20 @@ def test_files_that_are_no_npz(tmp_path: Path) -> None:
     np.savez(tmp_path / "objects.npz", x=np.array([{}, None], object))
     with pytest.raises(DataError, match="cannot be read as"):
         open_samples(tmp_path / "objects.npz", model())
+
+
+def test_a_model_without_inputs_takes_no_samples(tmp_path: Path) -> None:
+    constant = model("", "y = Constant<value_float = 1.0>()", "float y")
+    np.savez(tmp_path / "a.npz", x=ROWS)
+    with pytest.raises(DataError, match="the model has no inputs"):
+        open_samples(tmp_path / "a.npz", constant)
+
+
+def test_samples_and_functions_in_memory() -> None:
+    samples = open_samples(lambda: ({"x": row[None], "labels": 1} for row in ROWS), model())
+    assert samples.labels is not None
+    assert samples.labels.tolist() == [1] * 5
+    assert open_samples(samples, model()) is samples
 
 
 def test_synthetic_ids_stay_inside_their_table() -> None:

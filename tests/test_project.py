@@ -44,7 +44,7 @@ def test_numerics_import_numpy_alone(path: Path) -> None:
 
 
 def test_only_runtime_makes_sessions() -> None:
-    for path in (*(ROOT / "onnxq").glob("*.py"), *(ROOT / "passes").glob("*.py")):
+    for path in (*(ROOT / "onnxq").rglob("*.py"), *(ROOT / "passes").glob("*.py")):
         users = [name for name in imports(path) if is_from(name, "onnxruntime")]
         assert not users or path.name == "runtime.py", path
 
@@ -59,7 +59,7 @@ def test_passes_do_not_import_each_other() -> None:
 
 
 def test_nobody_imports_the_command_line() -> None:
-    for path in (*(ROOT / "onnxq").glob("*.py"), *(ROOT / "passes").glob("*.py")):
+    for path in (*(ROOT / "onnxq").rglob("*.py"), *(ROOT / "passes").glob("*.py")):
         users = [name for name in imports(path) if is_from(name, "onnxq.cli")]
         assert not users or path.name == "__main__.py", path
 

@@ -1,0 +1,47 @@
+"""Samples: a sequence of feeds that is read anew each time it is gone through."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from numpy.typing import NDArray
+
+Feed = dict[str, NDArray[Any]]
+LABELS = "labels"
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """A sequence of feeds that is read anew each time it is gone through.
+
+    labels: one row a sample, sample axis first, kept for metrics; None without. counts: how many
+    true samples each feed holds when the model's batch is larger than 1.
+    """
+
+    read: Callable[[int, int], Iterator[Feed]]  # (start, stop)
+    size: int
+    description: str
+    labels: NDArray[Any] | None = None
+    synthetic: bool = False
+    start: int = 0
+    batch: int = 1
+
+    def __iter__(self) -> Iterator[Feed]:
+        return self.read(self.start, self.start + self.size)
+
+    def __len__(self) -> int:
+        return self.size
+
+    def take(self, n: int) -> Samples:
+        """The first n feeds."""
+        n = min(n, self.size)
+        labels = None if self.labels is None else self.labels[: n * self.batch]
+        return replace(self, size=n, labels=labels)
+
+    def skip(self, n: int) -> Samples:
+        """All but the first n feeds."""
+        n = min(n, self.size)
+        labels = None if self.labels is None else self.labels[n * self.batch :]
+        return replace(self, start=self.start + n, size=self.size - n, labels=labels)
