@@ -29,9 +29,8 @@ TOO_LITTLE, TOO_MUCH = 0.2, 8.0
 # The same for samples that use all of 0..1 with the usual contrast: 0.8 for a net trained on such,
 # 0.18 to 0.36 for those that want mean and std.
 TOO_LITTLE_OF_UNIT, CONTRAST = 0.4, 0.15
-LARGE = (
-    24.0  # a first Conv's response in multiples of its bias (or of 1): trained nets stay below 5
-)
+# A first Conv's response in multiples of its bias (or of 1): trained nets stay below 5.
+LARGE = 24.0
 PIXELS = 16.0  # values above it are no normalised ones
 NORMALISED = 8.0  # values of 0..1, -1..1 or of a unit deviation stay below
 LARGEST_KERNEL = 1 << 16  # values of a first Conv's filter that is looked at
