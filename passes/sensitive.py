@@ -207,15 +207,18 @@ def _is_layer(node: gs.Node, index: int) -> bool:
     return node.op in ("LSTM", "GRU", "RNN") or (node.op in OPS and OPS[node.op].role == "linear")
 
 
-def range_rules(placement: Placement, ranges: Mapping[str, Histogram]) -> Floats:
-    """Nodes to keep float for what calibration saw."""
+def range_rules(
+    placement: Placement, ranges: Mapping[str, Histogram], *, strict: bool = False
+) -> Floats:
+    """Nodes to keep float for what calibration saw; strict: only where nothing else is possible."""
     floats: Floats = {}
     for node in placement.nodes.values():
         for tensor in (*node.inputs, *node.outputs):
             if any(ranges[name].has_nonfinite for name in placement.sources.get(tensor.name, ())):
                 floats[id(node)] = f"{tensor.name} has infinite values: no range covers them"
         if (
-            id(node) not in floats
+            not strict
+            and id(node) not in floats
             and node.op == "Concat"
             and (reason := _mixed_tail(node, placement, ranges))
         ):
