@@ -321,10 +321,10 @@ class _Chooser:
             data = [t.name for t in read if not is_constant(t)]
             ends = [t.name for t in self.ends(node)]
             if keeps_scale(node, self.target):
-                for name in (*data[1:], *ends):
-                    group[find(name)] = find(data[0])
-                if len(data) == len(read):  # constants among them may have a wider range
-                    moved.update(ends)
+                first, *others = *data, *ends
+                for name in others:
+                    group[find(name)] = find(first)
+                moved.update(ends if data else ends[1:])
             for name in (*data, *(ends if self.writes(node) else ())):
                 find(name)
         members: dict[str, set[str]] = {}

@@ -127,6 +127,7 @@ class QuantizeStatic:
             group, (lo, hi) = placement.sources[tensor.name], useful_range(model, tensor)
             before = useful.get(group, (np.inf, -np.inf))
             useful[group] = min(lo, before[0]), max(hi, before[1])
+        stored = self._stored_ranges(placement)
         demanded = {
             pair: QParams(np.array(pair[0], np.float32), np.array(pair[1], numbers.dtype))
             for pair in set(placement.fixed.values())
@@ -138,11 +139,26 @@ class QuantizeStatic:
             if group not in known:
                 merged = reduce(Histogram.merge, (statistics[name] for name in sorted(group)))
                 found = merged.range(self.range, bits=numbers.bits, symmetric=activations.symmetric)
-                known[group] = activations.params(*np.clip(found, *useful[group]))
+                lo, hi = np.clip(found, *useful[group])
+                least, most = stored.get(group, (0.0, 0.0))
+                known[group] = activations.params(min(lo, least), max(hi, most))
                 if len({placement.fixed.get(name) for name in group}) == 1:
                     known[group] = fixed.get(min(group), known[group])
             result[tensor.name] = fixed.get(tensor.name, known[group])
         return result
+
+    def _stored_ranges(self, placement: Placement) -> dict[frozenset[str], tuple[float, float]]:
+        """Of constants that are moved or joined: samples need not show all of their values."""
+        found: dict[frozenset[str], tuple[float, float]] = {}
+        for node in placement.nodes.values():
+            group = placement.sources.get(placement.result(node).name)
+            if group is None or not keeps_scale(node, self.target):
+                continue
+            for i in activation_inputs(node):
+                if is_constant(node.inputs[i]) and (v := values_of(node.inputs[i])) is not None:
+                    lo, hi = found.get(group, (0.0, 0.0))
+                    found[group] = min(lo, float(v.min())), max(hi, float(v.max()))
+        return found
 
 
 class _Editor:

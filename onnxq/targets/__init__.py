@@ -81,7 +81,8 @@ class Target:
     stand on integers, without a pair around them. stored_weights: constants that are computed
     from integers (Cast, Mul) are folded at load. static_shapes: free dimensions must be fixed.
     saturates: u8s8 products are added in pairs in saturating 16 bits. file_format: what is written
-    beside the .onnx. Without costs, every operator that can run in integers does.
+    beside the .onnx. machines: on which ONNX Runtime's CPU times are the target's own. Without
+    costs, every operator that can run in integers does.
 
     sources: where each fact is from, by its name here; an operator without a source of its own has
     that of "operators".
@@ -107,6 +108,7 @@ class Target:
     static_shapes: bool = False
     saturates: bool = False
     file_format: FileFormat = "onnx"
+    machines: tuple[str, ...] = ()
     costs: Costs | None = None
     sources: Mapping[str, str] = field(default_factory=dict)
 
