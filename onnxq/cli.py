@@ -219,6 +219,40 @@ def compare(
         raise BudgetError(f"{comparison.fidelity.sqnr_db:.1f} dB is below --min-sqnr {min_sqnr:g}")
 
 
+@main.command()
+@click.argument("model")
+@target_option
+@output_options
+def check(model: str, *, target: str, json_file: str | None, quiet: bool) -> None:
+    r"""Hold MODEL against what a target can run: exit 1 if it breaks a rule.
+
+    \b
+    onnxq check small.onnx --target tensorrt
+    onnxq check small.onnx --target tflite-int8 --json -
+    """
+    from onnxq.lint import check
+
+    found = check(model, target=target)
+    show(found, json_file, quiet=quiet)
+    if not found.is_clean:
+        raise click.exceptions.Exit(1)
+
+
+@main.command()
+@click.argument("name", required=False)
+@output_options
+def targets(name: str | None, *, json_file: str | None, quiet: bool) -> None:
+    r"""List the targets, or say what is known of one: facts, operators, sources.
+
+    \b
+    onnxq targets
+    onnxq targets openvino
+    """
+    from onnxq.catalogue import targets
+
+    show(targets(name), json_file, quiet=quiet)
+
+
 def show(report: Any, json_file: str | None, *, quiet: bool) -> None:
     """Print a report for people on stdout, unless JSON goes there."""
     if json_file == "-":

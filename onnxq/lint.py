@@ -214,6 +214,12 @@ class _Lint:
             yield from self.activation(operand(node, node.outputs[0].dtype))
             return
         of = operand(node, node.inputs[0].dtype)
+        before = producer(node.inputs[0])
+        if before is not None and before.op == "QuantizeLinear":
+            made = operand(before, before.outputs[0].dtype)
+            if made.format == of.format and made.has_params(of):
+                return  # said there
+        constants = {*self.target.activation_formats, *self.target.weight_formats}
         seen = set()
         for role, reader, i in roles(node):
             if (role, reader.op) in seen and role != "bias":
@@ -225,7 +231,7 @@ class _Lint:
                 yield from self.weight(of, reader.op, weight_axis(reader, i))
             elif role == "activations":
                 yield from self.activation(of)
-            elif of.format not in {*self.target.activation_formats, *self.target.weight_formats}:
+            elif reader.op in self.target.operators and of.format not in constants:
                 yield self.found("activations", node, f"a constant in {of.format}")
 
     def activation(self, of: Operand) -> Iterator[Finding]:

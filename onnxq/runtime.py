@@ -77,8 +77,8 @@ def convert_to_ort(model: Path, folder: Path) -> None:
     it prints, sets up logging, and imports torch where that is installed. Raises ModelError when
     it cannot convert the model.
     """
-    command = [sys.executable, "-m", CONVERTER, "--optimization_style", "Fixed",
-               "--target_platform", "arm", "--output_dir", str(folder), str(model.resolve())]  # fmt: skip
+    options = ("--optimization_style", "Fixed", "--target_platform", "arm", "--output_dir")
+    command = [sys.executable, "-m", CONVERTER, *options, str(folder), str(model.resolve())]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if done.returncode:
         said = (done.stderr or done.stdout).strip().splitlines() or ["no reason given"]
