@@ -23,6 +23,9 @@ from onnxq.targets import load_target
 MODELS = Path(__file__).parent.parent / "models"
 
 
+COUNTED = ", ".join(str(i - 8) for i in range(16))
+
+
 def proto(
     *,
     form: str = "int8",
@@ -30,7 +33,7 @@ def proto(
     scale: str = "float s = {0.0625}",
     weight_form: str = "int8",
     weight_zero: int = 0,
-    w: str = ", ".join(str(i - 8) for i in range(16)),
+    w: str = COUNTED,
     per_channel: int | None = 0,
     bias: str = "bd = DequantizeLinear(b, bs, bz)",
     bias_form: str = "int32",
