@@ -33,7 +33,7 @@ def target_option(command: Any) -> Any:
     """The option --target, everywhere the same."""
     return click.option(
         "--target", default="ort-cpu", show_default=True, metavar="NAME",
-        help="Runtime that is to run the result: ort-cpu, generic, or a .toml file.",
+        help="Runtime that is to run the result (`onnxq targets` lists them), or a .toml file.",
     )(command)  # fmt: skip
 
 

@@ -113,6 +113,9 @@ CRAFTED = {
     "sigmoid-joined": f"c = Conv(x, w, b) s = Sigmoid(c) n = Concat<axis = 2>(s, c) e = Conv(n, v) {TAIL} y = Softmax(h)",
     "sigmoids-joined": f"c = Conv(x, w, b) s = Sigmoid(c) d = Conv(c, v) u = Sigmoid(d) n = Concat<axis = 2>(s, u) e = Conv(n, v) {TAIL} y = Tanh(h)",
     "constant-joined": f"c = Conv(x, w, b) n = Concat<axis = 2>(c, join) e = Conv(n, v) {TAIL} y = Relu(h)",
+    "sigmoid-clamped": f"c = Conv(x, w, b) s = Sigmoid(c) r = Relu(s) e = Conv(r, v) {TAIL} y = Identity(h)",
+    "mean": f"c = Conv(x, w, b) q = ReduceMean<axes = [2, 3]>(c) e = Conv(q, v) {TAIL} y = Identity(h)",
+    "swish": f"c = Conv(x, w, b) s = HardSwish(c) d = Conv(s, v) u = HardSigmoid(d) e = Mul(d, u) {TAIL} y = Identity(h)",
     "gate": f"c = Conv(x, w, b) q = GlobalAveragePool(c) r = Conv(q, v, b) s = Sigmoid(r) e = Mul(c, s) {TAIL} y = Identity(h)",
     "pools": f"c = Conv(x, w, b) q = MaxPool<kernel_shape = [2, 2], strides = [2, 2]>(c) r = AveragePool<kernel_shape = [2, 2]>(q) e = Conv(r, v) {TAIL} y = Identity(h)",
     "transposed": f"c = Conv(x, w, b) e = ConvTranspose<strides = [2, 2]>(c, t, b) {TAIL} y = Identity(h)",
@@ -196,6 +199,19 @@ def test_powers_of_two_never_clip_more() -> None:
     after = quantized(crafted(CRAFTED["residual"]), target)
     constants = [n.inputs[1].values for n in after.nodes("QuantizeLinear", "DequantizeLinear")]
     assert all((np.frexp(scale)[0] == 0.5).all() for scale in constants)
+
+
+def test_without_floats_even_very_different_ranges_are_joined() -> None:
+    body = f"c = Conv(x, w, b) s = Sigmoid(c) u = Mul(c, k) n = Concat<axis = 2>(s, u) e = Conv(n, v) {TAIL} y = Identity(h)"
+    before = crafted(body)
+    (mul,) = before.nodes("Mul")
+    mul.inputs[1].values = np.full(SHAPES["k"], 1000.0, np.float32)
+    joined = {
+        name: quantized(before, load_target(name)).nodes("Concat")[0].inputs[0].inputs[0].op
+        for name in ("generic", "esp-dl")
+    }
+    assert joined == {"generic": "Sigmoid", "esp-dl": "DequantizeLinear"}
+    assert conformance(quantized(before, load_target("esp-dl")), load_target("esp-dl")).is_clean
 
 
 def test_biases_stay_within_what_the_accumulator_keeps() -> None:
