@@ -99,6 +99,9 @@ class QuantizeStatic:
 
     def _statistics(self, model: Model, placement: Placement) -> Mapping[str, Histogram]:
         wanted = {name for sources in placement.sources.values() for name in sources}
+        # Range rules may take a Concat out: then its result has a range of its own.
+        joins = (node for node in placement.nodes.values() if node.op == "Concat")
+        wanted |= {placement.result(node).name for node in joins}
         if self.calibration is not None and self.calibration.exists():
             found, _ = load_calibration(self.calibration)
             if missing := sorted(wanted - found.keys()):

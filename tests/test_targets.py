@@ -110,7 +110,7 @@ SHAPES = {"w": (8, 8, 3, 3), "v": (8, 8, 1, 1), "b": (8,), "t": (8, 8, 2, 2), "g
 TAIL = "p = GlobalAveragePool(e) f = Flatten(p) h = Gemm<transB = 1>(f, g, gb)"
 CRAFTED = {
     "residual": f"c = Conv(x, w, b) d = Conv(c, v) s = Add(c, d) e = Relu(s) {TAIL} y = MatMul(h, m)",
-    "sigmoid-joined": f"c = Conv(x, w, b) s = Sigmoid(c) n = Concat<axis = 2>(s, c) e = Conv(n, v) {TAIL} y = Softmax(h)",
+    "sigmoid-joined": f"c = Conv(x, w, b) s = Sigmoid(c) u = Add(s, s) n = Concat<axis = 2>(s, u) e = Conv(n, v) {TAIL} y = Softmax(h)",
     "sigmoids-joined": f"c = Conv(x, w, b) s = Sigmoid(c) d = Conv(c, v) u = Sigmoid(d) n = Concat<axis = 2>(s, u) e = Conv(n, v) {TAIL} y = Tanh(h)",
     "constant-joined": f"c = Conv(x, w, b) n = Concat<axis = 2>(c, join) e = Conv(n, v) {TAIL} y = Relu(h)",
     "sigmoid-clamped": f"c = Conv(x, w, b) s = Sigmoid(c) r = Relu(s) e = Conv(r, v) {TAIL} y = Identity(h)",
