@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from onnxq.core import Fixpoint, Note, Pass, Pipeline, Skip, rewrites
     from onnxq.data import ImageOptions, Samples, open_samples
     from onnxq.errors import BudgetError, DataError, ModelError, OnnxqError, RecipeError
+    from onnxq.lint import check
     from onnxq.model import Model
     from onnxq.report import Report
     from onnxq.workflow import compare, inspect, load, optimize
@@ -22,6 +23,7 @@ _HOMES = {
     "core": ("Fixpoint", "Note", "Pass", "Pipeline", "Skip", "rewrites"),
     "data": ("ImageOptions", "Samples", "open_samples"),
     "errors": ("BudgetError", "DataError", "ModelError", "OnnxqError", "RecipeError"),
+    "lint": ("check",),
     "model": ("Model",),
     "report": ("Report",),
     "workflow": ("compare", "inspect", "load", "optimize"),
@@ -43,6 +45,7 @@ __all__ = [
     "Report",
     "Samples",
     "Skip",
+    "check",
     "compare",
     "inspect",
     "load",

@@ -36,7 +36,7 @@ def target_option(command: Any) -> Any:
     """The option --target, everywhere the same."""
     return click.option(
         "--target", default="ort-cpu", show_default=True, metavar="NAME",
-        help="Runtime that is to run the result: ort-cpu, generic, or a .toml file.",
+        help="Runtime that is to run the result (`onnxq targets` lists them), or a .toml file.",
     )(command)  # fmt: skip
 
 
@@ -298,6 +298,40 @@ def compare(
         from onnxq.errors import BudgetError
 
         raise BudgetError(f"{comparison.fidelity.sqnr_db:.1f} dB is below --min-sqnr {min_sqnr:g}")
+
+
+@main.command()
+@click.argument("model")
+@target_option
+@output_options
+def check(model: str, *, target: str, json_file: str | None, quiet: bool) -> None:
+    r"""Hold MODEL against what a target can run: exit 1 if it breaks a rule.
+
+    \b
+    onnxq check small.onnx --target tensorrt
+    onnxq check small.onnx --target tflite-int8 --json -
+    """
+    from onnxq.lint import check
+
+    found = check(model, target=target)
+    show(found, json_file, quiet=quiet)
+    if not found.is_clean:
+        raise click.exceptions.Exit(1)
+
+
+@main.command()
+@click.argument("name", required=False)
+@output_options
+def targets(name: str | None, *, json_file: str | None, quiet: bool) -> None:
+    r"""List the targets, or say what is known of one: facts, operators, sources.
+
+    \b
+    onnxq targets
+    onnxq targets openvino
+    """
+    from onnxq.catalogue import targets
+
+    show(targets(name), json_file, quiet=quiet)
 
 
 def show(report: Any, json_file: str | None, *, quiet: bool) -> None:

@@ -28,7 +28,8 @@ class Report:
     """All that is known of one run of `optimize`.
 
     notes: what each pass did and declined. coverage: of the result. fidelity, latency: None where
-    validation was not asked for. seconds: of each stage.
+    validation was not asked for, latency also where the target runs elsewhere. seconds: of each
+    stage. also_written: files beside the output.
     """
 
     model: str
@@ -47,6 +48,7 @@ class Report:
     warnings: tuple[str, ...]
     seconds: Mapping[str, float]
     environment: Mapping[str, str]
+    also_written: tuple[str, ...] = ()
 
     @property
     def is_slower(self) -> bool:
@@ -79,6 +81,8 @@ class Report:
             f"{self.model} -> {self.output or '(not written)'}"
             f"   recipe {self.recipe}, target {self.target}"
         )
+        if self.also_written:
+            console.print(f"also written: {', '.join(self.also_written)}")
         for warning in self.warnings:
             console.print(f"warning: {warning}", style="yellow")
         self._print_figures(console)

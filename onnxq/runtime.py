@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import os
 import platform
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -63,6 +65,24 @@ def session(model: Source, *, optimize: Level = "all", threads: int | None = Non
     if isinstance(model, onnx.ModelProto):
         return made(model.SerializeToString())
     return made(model if isinstance(model, bytes) else os.fspath(model))
+
+
+CONVERTER = "onnxruntime.tools.convert_onnx_models_to_ort"
+
+
+def convert_to_ort(model: Path, folder: Path) -> None:
+    """Let onnxruntime's own converter write MODEL.ort and its operator configuration to a folder.
+
+    Optimizations are those for ARM, done before saving. The converter runs as a process of its own:
+    it prints, sets up logging, and imports torch where that is installed. Raises ModelError when
+    it cannot convert the model.
+    """
+    options = ("--optimization_style", "Fixed", "--target_platform", "arm", "--output_dir")
+    command = [sys.executable, "-m", CONVERTER, *options, str(folder), str(model.resolve())]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    if done.returncode:
+        said = (done.stderr or done.stdout).strip().splitlines() or ["no reason given"]
+        raise ModelError(f"onnxruntime cannot convert {model} to .ort: {said[-1].strip()}")
 
 
 def run(session: Any, feed: Mapping[str, Any]) -> dict[str, Any]:

@@ -72,12 +72,14 @@ class QuantScheme:
     """How a tensor is quantized: number format, granularity, symmetric or not.
 
     Symmetric: the zero point is 0 for signed formats (range [-qmax, qmax]: the least value is not
-    used) and the middle of the range (128 for uint8) for unsigned ones.
+    used) and the middle of the range (128 for uint8) for unsigned ones. power_of_two: scales are
+    rounded up to 2^k, so that nothing is clipped that was not before.
     """
 
     format: str = "int8"
     granularity: Granularity = PerTensor()
     symmetric: bool = True
+    power_of_two: bool = False
 
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
@@ -107,6 +109,7 @@ class QuantScheme:
             qmax=numbers.qmax,
             dtype=numbers.dtype,
             symmetric=self.symmetric,
+            power_of_two=self.power_of_two,
         )
         return QParams(scale, zero_point, axis)
 
@@ -158,4 +161,7 @@ def quantize_weight(
     bits = scheme.numbers.bits
     lo, hi = weight_range(w, axis, method, bits=bits, symmetric=scheme.symmetric)
     params = scheme.params(lo, hi, axis)
-    return params.quantize(w), params
+    q = params.quantize(w)
+    if scheme.symmetric and scheme.numbers.signed:
+        np.maximum(q, -scheme.numbers.qmax, out=q)  # a clipped weight would become the least value
+    return q, params

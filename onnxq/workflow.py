@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,9 @@ from onnxq.core import Note, Pipeline
 from onnxq.coverage import coverage
 from onnxq.data import ImageOptions, Samples, Spec, open_samples
 from onnxq.errors import BudgetError, DataError, ModelError
+from onnxq.lint import conformance
 from onnxq.model import Model
+from onnxq.ortformat import check_name, write_ort
 from onnxq.passes.placement import place
 from onnxq.passes.sensitive import graph_rules
 from onnxq.passes.work import macs
@@ -29,7 +32,7 @@ from onnxq.plausibility import doubts
 from onnxq.recipes import load_recipe, plan
 from onnxq.report import Comparison, Inspection, Report
 from onnxq.synthetic import synthetic_samples
-from onnxq.targets import load_target
+from onnxq.targets import Target, load_target
 from onnxq.validation import compare as compare_outputs
 from onnxq.validation import layer_fidelity
 
@@ -77,13 +80,16 @@ def optimize(
     dry_run: nothing is written.
 
     Raises OnnxqError: ModelError, DataError, RecipeError for what cannot be used; BudgetError when
-    min_sqnr is missed or nothing was quantized (nothing is written then).
+    min_sqnr is missed, nothing was quantized, or the target has no floats and they are needed
+    (nothing is written then).
     """
     job = _Job(progress)
     with job.stage("load"):
         original = model if isinstance(model, str | os.PathLike) else load(model).copy()
         edited = load(original).copy() if isinstance(original, Model) else load(original)
         chosen, aim = load_recipe(recipe), load_target(target)
+        if aim.file_format == "ort" and output is not None:
+            check_name(output)
         before = _size(original), len(edited.nodes()), edited.opset
         samples = samples_for(edited, data, images)
         job.warnings += doubts(edited, samples)
@@ -101,8 +107,10 @@ def optimize(
     edited.infer_shapes()
     feed = next(iter(held))
     covered = coverage(edited, edited.shapes_for({k: np.shape(v) for k, v in feed.items()}))
-    if not allow_unchanged and any(name.startswith("quantize") for name in chosen.passes):
-        _require_quantized(notes)
+    if any(name.startswith("quantize") for name in chosen.passes):
+        if not allow_unchanged:
+            _require_quantized(notes)
+        job.warnings += _conform(edited, aim, strict=not allow_unchanged)
     fidelity = timing = None
     if validate:
         with job.stage("validate"):
@@ -113,13 +121,19 @@ def optimize(
             )  # fmt: skip
             if not all(o.is_finite for o in fidelity.outputs):
                 raise BudgetError("the result has outputs that are not finite; nothing was written")
-            timing = runtime.latency(original, edited, feed, seconds=TIME_SECONDS)
+            if platform.machine() in aim.machines:
+                timing = runtime.latency(original, edited, feed, seconds=TIME_SECONDS)
         if min_sqnr is not None and fidelity.sqnr_db < min_sqnr:
             _miss(original, edited, held, fidelity.sqnr_db, min_sqnr)
     elif min_sqnr is not None:
         raise BudgetError("--min-sqnr needs the comparison that --no-validate leaves out")
     with job.stage("write"):
-        size = _written(edited, output) if output is not None and not dry_run else _size(edited)
+        also: tuple[Path, ...] = ()
+        if output is None or dry_run:
+            size = _size(edited)
+        else:
+            size = _written(edited, output)
+            also = write_ort(output) if aim.file_format == "ort" else ()
     return Report(
         model=_name(model),
         output=None if output is None or dry_run else os.fspath(output),
@@ -137,6 +151,7 @@ def optimize(
         warnings=tuple(job.warnings),
         seconds=job.seconds,
         environment=runtime.environment(),
+        also_written=tuple(map(str, also)),
     )
 
 
@@ -211,6 +226,26 @@ def _require_quantized(notes: Sequence[Note]) -> None:
         f"nothing was quantized: {why or 'the model has no layer with a weight'}; "
         "nothing was written (--allow-unchanged writes the cleaned model)"
     )
+
+
+def _conform(model: Model, target: Target, *, strict: bool) -> list[str]:
+    """Warnings for rules of the target that the result breaks.
+
+    Raises BudgetError, when strict, for a target that computes nothing in floats but would have to.
+    """
+    broken = [f for f in conformance(model, target).violations if f.rule != "domains"]
+    floats = [f for f in broken if f.rule == "floats"]
+    if floats and strict:
+        ops = Counter(f.op for f in floats)
+        listed = ", ".join(f"{op} {count}" for op, count in ops.most_common(5))
+        raise BudgetError(
+            f"{target.name} computes nothing in floats, but {len(floats)} nodes cannot be integers "
+            f"({listed}): nothing was written (--allow-unchanged writes the result as it is)"
+        )
+    if not broken:
+        return []
+    rules = ", ".join(sorted({f.rule for f in broken}))
+    return [f"the result breaks rules of {target.name} ({rules}): onnxq check says where"]
 
 
 def _check(model: Model, original: ModelLike) -> None:

@@ -17,7 +17,7 @@ from onnxq.passes.quantize_static import QuantizeStatic
 from onnxq.passes.quantize_weights import QuantizeWeights
 from onnxq.passes.raise_opset import RaiseOpset
 from onnxq.passes.share_initializers import share_initializers
-from onnxq.passes.simplify_qdq import simplify_qdq
+from onnxq.passes.simplify_qdq import SimplifyQdq, simplify_qdq
 
 # All float-preserving passes until nothing changes.
 cleanup = Fixpoint(
@@ -45,7 +45,7 @@ PASSES: dict[str, Pass | type[Any]] = {
     "quantize_weights": QuantizeWeights,
     "raise_opset": RaiseOpset,
     "share_initializers": share_initializers,
-    "simplify_qdq": simplify_qdq,
+    "simplify_qdq": SimplifyQdq,
 }
 
 __all__ = [
@@ -53,6 +53,7 @@ __all__ = [
     "QuantizeStatic",
     "QuantizeWeights",
     "RaiseOpset",
+    "SimplifyQdq",
     "cleanup",
     "convert_float32",
     "drop_dead_nodes",

@@ -5,7 +5,8 @@ A new operator is a new row. Roles:
     linear   has multiply-accumulates over a weight: the gain is here
     carry    computes in int8 with input and output scales of its own; worth it only between others
     move     moves data only: output values are input values, so both share one scale
-    absorb   a clamp, which the saturation of QuantizeLinear does for free after a linear layer
+    absorb   a clamp, which the saturation of QuantizeLinear does for free behind another operator;
+             elsewhere it is a carry, where the target has it
 """
 
 from __future__ import annotations
@@ -55,12 +56,23 @@ OPS: dict[str, OpSpec] = {
     "MatMul": OpSpec("linear", weight=1, axis=lambda _: -1, activations=(0, 1)),
     "Add": CARRY_ALL,
     "Mul": CARRY_ALL,
+    "Sub": CARRY_ALL,
+    "Div": CARRY_ALL,
+    "PRelu": CARRY_ALL,
     "Concat": CARRY_ALL,
     "AveragePool": CARRY,
     "GlobalAveragePool": CARRY,
+    "ReduceMean": CARRY,
     "LeakyRelu": CARRY,
+    "Elu": CARRY,
+    "Exp": CARRY,
+    "Log": CARRY,
+    "Sqrt": CARRY,
+    "HardSigmoid": CARRY,
+    "HardSwish": CARRY,
     "Sigmoid": CARRY,
     "Softmax": CARRY,
+    "Tanh": CARRY,
     "MaxPool": MOVE,
     "Resize": MOVE,
     "Reshape": MOVE,

@@ -40,7 +40,8 @@ class Placement:
     nodes: by id. produced: tensors that exist only in integers (their producer writes integers), by
     id; read: further tensors that integer nodes read, by id. sources: tensor name -> the tensor
     whose values it carries (data movement shares its input's scale). clamps: producer id -> the
-    Relu or Clip behind it that the range can absorb.
+    Relu or Clip behind it that the range can absorb. fixed: tensor name -> the scale and zero point
+    that the target demands of it.
     """
 
     nodes: Mapping[int, gs.Node]
@@ -48,23 +49,31 @@ class Placement:
     read: Mapping[int, gs.Tensor]
     sources: Mapping[str, frozenset[str]]
     clamps: Mapping[int, gs.Node]
+    fixed: Mapping[str, tuple[float, int]]
     declined: tuple[Note, ...]
 
     def tensors(self) -> list[gs.Tensor]:
         """All tensors to quantize."""
         return [*self.produced.values(), *self.read.values()]
 
+    def result(self, node: gs.Node) -> gs.Tensor:
+        """The tensor that is quantized as the node's result: that behind its clamp, if any."""
+        made = self.clamps.get(id(node), node).outputs
+        return next((t for t in made if t.name), made[0])
+
 
 def place(model: Model, target: Target, floats: Mapping[int, str], shapes: Shapes) -> Placement:
     """Decide which nodes run in integers; tensors of different bodies must have different names.
 
     floats: node id -> why that node has to stay float, found by the caller's rules. shapes: of
-    tensors by name, as one sample has them.
+    tensors by name, as one sample has them. For a target without floats all that can runs in
+    integers.
     """
     chosen: dict[int, gs.Node] = {}
     declined: list[Note] = []
     hidden = unobservable(model)
-    for node in model.nodes(*target.operators, *(op for op in OPS if OPS[op].role == "linear")):
+    wanted = [op for op in OPS if op in target.operators or OPS[op].role == "linear"]
+    for node in model.nodes(*wanted):
         try:
             if node.op not in target.operators:
                 raise Skip(f"{target.name} has no integer {node.op}")
@@ -94,6 +103,11 @@ def unobservable(model: Model) -> set[int]:
 
     visit(model.graph, 0)
     return found
+
+
+def keeps_scale(node: gs.Node, target: Target) -> bool:
+    """Whether the node's inputs and output have one scale."""
+    return OPS[node.op].role == "move" or target.operators[node.op].shared
 
 
 def check(node: gs.Node, rule: OpRule) -> None:
@@ -159,14 +173,28 @@ class _Chooser:
         self.graph_of = model.graph_of
         self.clamps: dict[int, gs.Node] = {}
         for node in chosen.values():
-            if OPS[node.op].role in ("linear", "carry") and (clamp := self.clamp(node)):
+            if self.is_clamped(node) and (clamp := self.clamp(node)):
                 self.clamps[id(node)] = clamp
+        for clamp in self.clamps.values():
+            chosen.pop(id(clamp), None)  # a part of what is in front of it
+
+    def is_clamped(self, node: gs.Node) -> bool:
+        """Whether a clamp behind the node is a part of it."""
+        rule = self.target.operators[node.op]
+        plain = rule.output != "float" and self.fixed_of(node) is None
+        return plain and OPS[node.op].role in ("linear", "carry")
+
+    def fixed_of(self, node: gs.Node) -> tuple[float, int] | None:
+        """Scale and zero point that the node's output must have."""
+        fixed = self.target.operators[node.op].fixed or {}
+        return fixed.get(self.target.activations.format)
 
     def placement(self, declined: list[Note]) -> Placement:
-        self.prune()
-        if self.target.costs is not None:
-            declined += self.cut(self.target.costs)
+        if self.target.floats is None:
             self.prune()
+            if self.target.costs is not None:
+                declined += self.cut(self.target.costs)
+                self.prune()
         produced = {id(t): t for n in self.chosen.values() if self.writes(n) for t in self.ends(n)}
         read = {
             id(n.inputs[i]): n.inputs[i]
@@ -175,7 +203,15 @@ class _Chooser:
             if not is_constant(n.inputs[i]) and id(n.inputs[i]) not in produced
         }
         clamps = {k: c for k, c in self.clamps.items() if k in self.chosen}
-        return Placement(self.chosen, produced, read, self.sources(), clamps, tuple(declined))
+        fixed = {
+            t.name: params
+            for n in self.chosen.values()
+            if (params := self.fixed_of(n)) is not None
+            for t in self.ends(n)
+        }
+        return Placement(
+            self.chosen, produced, read, self.sources(), clamps, fixed, tuple(declined)
+        )
 
     def prune(self) -> None:
         while idle := [k for k, node in self.chosen.items() if not self.is_useful(node)]:
@@ -216,7 +252,7 @@ class _Chooser:
         for reader in integers:
             network.add(reader, ("quantize", key), INFINITE)
         network.add(("quantize", key), source, costs.float_node + costs.quantize * elements)
-        if maker is None or self.target.operators[maker.op].output == "any":
+        if maker is None or self.target.operators[maker.op].output != "quantized":
             return
         network.add(id(maker), ("dequantize", key), costs.float_node + costs.dequantize * elements)
         for reader in integers:
@@ -239,8 +275,9 @@ class _Chooser:
         source = self.maker(tensor)
         if source is None:
             return False
-        if self.target.operators[source.op].output == "quantized":
-            return True
+        output = self.target.operators[source.op].output
+        if output != "any":
+            return output == "quantized"
         return OPS[node.op].role == "move" and self.writes(source)
 
     def maker(self, tensor: gs.Tensor) -> gs.Node | None:
@@ -260,8 +297,9 @@ class _Chooser:
 
     def writes(self, node: gs.Node) -> bool:
         """Whether the node's result exists in integers only."""
-        if self.target.operators[node.op].output == "quantized":
-            return True
+        output = self.target.operators[node.op].output
+        if output != "any":
+            return output == "quantized"
         return all(
             id(t) not in self.outputs
             and any(True for _ in readers(t))
@@ -301,10 +339,11 @@ class _Chooser:
             read = [node.inputs[i] for i in activation_inputs(node)]
             data = [t.name for t in read if not is_constant(t)]
             ends = [t.name for t in self.ends(node)]
-            if OPS[node.op].role == "move" or self.target.operators[node.op].shared:
-                for name in (*data[1:], *ends):
-                    group[find(name)] = find(data[0])
-                moved.update(ends)
+            if keeps_scale(node, self.target):
+                first, *others = *data, *ends
+                for name in others:
+                    group[find(name)] = find(first)
+                moved.update(ends if data else ends[1:])
             for name in (*data, *(ends if self.writes(node) else ())):
                 find(name)
         members: dict[str, set[str]] = {}

@@ -25,6 +25,7 @@ from onnxq.core import Note
 from onnxq.data import Samples
 from onnxq.errors import DataError
 from onnxq.model import Model, readers, values_of
+from onnxq.numerics.affine import next_power_of_two
 from onnxq.passes.ops import (
     OPS,
     activation_inputs,
@@ -34,7 +35,7 @@ from onnxq.passes.ops import (
     weight_axis,
     weight_input,
 )
-from onnxq.passes.placement import RULE, Placement, place
+from onnxq.passes.placement import RULE, Placement, keeps_scale, place
 from onnxq.passes.sensitive import graph_rules, range_rules
 from onnxq.passes.work import macs
 from onnxq.schemes import PerChannel, PerTensor, QParams, QuantScheme, quantize_weight
@@ -42,8 +43,6 @@ from onnxq.statistics import Histogram, Method
 from onnxq.targets import Target
 
 WeightMethod = Literal["minmax", "mse"]
-# int32 bias: as far as the accumulator goes, with a bit to spare for the sum it is added to.
-BIAS_LIMIT = 2.0**30
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,16 +74,19 @@ class QuantizeStatic:
             text = f"opset {model.opset} has no QuantizeLinear: opset 10 is needed"
             return [Note(RULE, model.graph.name, text, changed=False)]
         target = self.target
-        if model.opset < 13:  # DequantizeLinear has no axis there
-            target = replace(target, weights=replace(target.weights, granularity=PerTensor()))
+        if model.opset < 21 and target.activations.numbers.bits > 8:
+            text = f"opset {model.opset} has no 16-bit QuantizeLinear: opset 21 is needed"
+            return [Note(RULE, model.graph.name, text, changed=False)]
+        if model.opset < 13:
+            target = target.without_channels()
         model.separate_names()
         first = next(iter(self.samples))
         shapes = model.shapes_for({name: np.shape(values) for name, values in first.items()})
-        floats = graph_rules(model, macs(model, shapes))
+        floats = {} if target.floats is not None else graph_rules(model, macs(model, shapes))
         placement = place(model, target, floats, shapes)
         statistics = self._statistics(model, placement)
         declined: list[Note] = []
-        while more := range_rules(placement, statistics):
+        while more := range_rules(placement, statistics, strict=target.floats is not None):
             declined += [
                 Note(RULE, placement.nodes[key].name, text, changed=False)
                 for key, text in more.items()
@@ -98,6 +100,9 @@ class QuantizeStatic:
 
     def _statistics(self, model: Model, placement: Placement) -> Mapping[str, Histogram]:
         wanted = {name for sources in placement.sources.values() for name in sources}
+        # Range rules may take a Concat out: then its result has a range of its own.
+        joins = (node for node in placement.nodes.values() if node.op == "Concat")
+        wanted |= {placement.result(node).name for node in joins}
         if self.calibration is not None and self.calibration.exists():
             found, _ = load_calibration(self.calibration)
             if missing := sorted(wanted - found.keys()):
@@ -126,15 +131,38 @@ class QuantizeStatic:
             group, (lo, hi) = placement.sources[tensor.name], useful_range(model, tensor)
             before = useful.get(group, (np.inf, -np.inf))
             useful[group] = min(lo, before[0]), max(hi, before[1])
+        stored = self._stored_ranges(placement)
+        demanded = {
+            pair: QParams(np.array(pair[0], np.float32), np.array(pair[1], numbers.dtype))
+            for pair in set(placement.fixed.values())
+        }
+        fixed = {name: demanded[pair] for name, pair in placement.fixed.items()}
         result = {}
         for tensor in placement.tensors():
             group = placement.sources[tensor.name]
             if group not in known:
                 merged = reduce(Histogram.merge, (statistics[name] for name in sorted(group)))
                 found = merged.range(self.range, bits=numbers.bits, symmetric=activations.symmetric)
-                known[group] = activations.params(*np.clip(found, *useful[group]))
-            result[tensor.name] = known[group]
+                lo, hi = np.clip(found, *useful[group])
+                least, most = stored.get(group, (0.0, 0.0))
+                known[group] = activations.params(min(lo, least), max(hi, most))
+                if len({placement.fixed.get(name) for name in group}) == 1:
+                    known[group] = fixed.get(min(group), known[group])
+            result[tensor.name] = fixed.get(tensor.name, known[group])
         return result
+
+    def _stored_ranges(self, placement: Placement) -> dict[frozenset[str], tuple[float, float]]:
+        """Of constants that are moved or joined: samples need not show all of their values."""
+        found: dict[frozenset[str], tuple[float, float]] = {}
+        for node in placement.nodes.values():
+            group = placement.sources.get(placement.result(node).name)
+            if group is None or not keeps_scale(node, self.target):
+                continue
+            for i in activation_inputs(node):
+                if is_constant(node.inputs[i]) and (v := values_of(node.inputs[i])) is not None:
+                    lo, hi = found.get(group, (0.0, 0.0))
+                    found[group] = min(lo, float(v.min())), max(hi, float(v.max()))
+        return found
 
 
 class _Editor:
@@ -161,14 +189,23 @@ class _Editor:
 
     def edit(self, placement: Placement) -> list[Note]:
         notes = [self.note(node) for node in placement.nodes.values()]
+        kept = {
+            key: self.ranges.get(placement.result(node).name)
+            for key, node in placement.nodes.items()
+            if keeps_scale(node, self.target)
+        }
         for key, clamp in placement.clamps.items():
             self.absorb(placement.nodes[key], clamp)
         for tensor in placement.read.values():
             self.dequantize_for(tensor, placement.nodes)
         for tensor in placement.produced.values():
             self.requantize(tensor)
-        for node in placement.nodes.values():
-            self.constant_activations(node)
+        for key, node in placement.nodes.items():
+            params = kept.get(key)
+            if params is not None:
+                self.rescale(node, params)
+            else:
+                self.constant_activations(node)
             if weight_input(node) is not None:
                 self.weight_and_bias(node)
         self.bring_home(placement.nodes)
@@ -177,7 +214,7 @@ class _Editor:
     def note(self, node: gs.Node) -> Note:
         text = f"{node.op}: {self.target.activations.format} activations"
         if weight_input(node) is not None:
-            text += f", {self.target.weights.format} weights"
+            text += f", {self.target.weights_of(node.op).format} weights"
         return Note(RULE, node.name, text)
 
     def absorb(self, node: gs.Node, clamp: gs.Node) -> None:
@@ -271,6 +308,19 @@ class _Editor:
         self.pair(raw, self.ranges[tensor.name], tensor.name, tensor)
         self.params[id(tensor)] = self.ranges[tensor.name]
 
+    def rescale(self, node: gs.Node, params: QParams) -> None:
+        """Let a node that keeps one scale read everything in it.
+
+        An operand has another one where a target fixes it (Sigmoid in front of Concat).
+        """
+        for i in activation_inputs(node):
+            tensor = node.inputs[i]
+            if is_constant(tensor):
+                q = params.quantize(np.asarray(values_of(tensor)))
+                node.inputs[i] = self.integer_constant(tensor.name, q, params)
+            elif self.params[id(tensor)] is not params:
+                node.inputs[i] = self.pair(tensor, params, tensor.name, None)
+
     def constant_activations(self, node: gs.Node) -> None:
         """Constant operands of elementwise operators, in the activations' format."""
         for i in activation_inputs(node):
@@ -301,7 +351,7 @@ class _Editor:
         MatMul kernels take a scale a column of a matrix, not of a stack of matrices or of a left
         operand's rows.
         """
-        if not isinstance(self.target.weights.granularity, PerChannel):
+        if not isinstance(self.target.weights_of(node.op).granularity, PerChannel):
             return None
         if node.op == "MatMul" and (index == 0 or len(node.inputs[index].shape) != 2):
             return None
@@ -311,18 +361,25 @@ class _Editor:
         index, at = weight_input(node), OPS[node.op].bias
         assert index is not None
         weight, axis = node.inputs[index], self.axis(node, index)
-        dequantized, params = self.weight(weight, self.target.weights, axis)
-        if at is not None and len(node.inputs) > at and node.inputs[at].name:
+        scheme = self.target.weights_of(node.op)
+        dequantized, params = self.weight(weight, scheme, axis)
+        has_bias = at is not None and len(node.inputs) > at and bool(node.inputs[at].name)
+        if has_bias and self.target.bias != "float":
             x_scale = float(self.params[id(node.inputs[0])].scale)
             repeats = node.attrs.get("group", 1) if node.op == "ConvTranspose" else 1
             bias = _bias_vector(node.inputs[at], weight.shape, axis, repeats)
-            least = np.abs(bias).reshape(repeats, -1).max(0) / (x_scale * BIAS_LIMIT)
+            # As far as the integers go, with a bit to spare for the sum that they are added to.
+            limit = 2.0 ** (self.target.bias_bits - 2)
+            least = np.abs(bias).reshape(repeats, -1).max(0) / (x_scale * limit)
             if axis is None:
                 least = least.max()
             if (
                 least > params.scale
             ).any():  # the bias would saturate: a coarser weight is exact enough
-                params = replace(params, scale=np.maximum(params.scale, least).astype(np.float32))
+                scale = np.maximum(params.scale, least).astype(np.float32)
+                if scheme.power_of_two:
+                    scale = next_power_of_two(scale)
+                params = replace(params, scale=scale)
                 q = params.quantize(np.asarray(values_of(weight)))
                 dequantized = self.integer_constant(weight.name, q, params)
             node.inputs[at] = self.bias(node.inputs[at].name, bias, x_scale, params, repeats)

@@ -224,8 +224,10 @@ def _is_layer(node: gs.Node, index: int) -> bool:
     return node.op in ("LSTM", "GRU", "RNN") or (node.op in OPS and OPS[node.op].role == "linear")
 
 
-def range_rules(placement: Placement, ranges: Mapping[str, Histogram]) -> Floats:
-    """Nodes to keep float for what calibration saw."""
+def range_rules(
+    placement: Placement, ranges: Mapping[str, Histogram], *, strict: bool = False
+) -> Floats:
+    """Nodes to keep float for what calibration saw; strict: only where nothing else is possible."""
     floats: Floats = {}
     for node in placement.nodes.values():
         for tensor in (*node.inputs, *node.outputs):
@@ -234,7 +236,8 @@ def range_rules(placement: Placement, ranges: Mapping[str, Histogram]) -> Floats
             if any(not ranges[name].count for name in placement.sources.get(tensor.name, ())):
                 floats[id(node)] = "no sample takes the branch that it is in"
         if (
-            id(node) not in floats
+            not strict
+            and id(node) not in floats
             and node.op == "Concat"
             and (reason := _mixed_tail(node, placement, ranges))
         ):
@@ -247,9 +250,22 @@ def _mixed_tail(node: gs.Node, placement: Placement, ranges: Mapping[str, Histog
     widths = {}
     for i in activation_inputs(node):
         if not is_constant(node.inputs[i]):
-            found = [ranges[s] for s in placement.sources[node.inputs[i].name]]
+            found = _own(node.inputs[i], placement, ranges)
             widths[node.inputs[i].name] = max(r.hi for r in found) - min(r.lo for r in found)
     small, large = min(widths, key=widths.__getitem__), max(widths.values())
     if 0 < widths[small] < TAIL * large:
         return f"{small} spans {widths[small]:.3g} beside {large:.3g}: one scale would wipe it out"
     return None
+
+
+def _own(
+    tensor: gs.Tensor, placement: Placement, ranges: Mapping[str, Histogram]
+) -> list[Histogram]:
+    """What was seen of a part itself where the whole has one scale; of moves, at their input."""
+    source: gs.Tensor | None = tensor
+    while source is not None and source.name not in ranges:
+        node = producer(source)
+        source = node.inputs[0] if node is not None and node.inputs else None
+    if source is not None:
+        return [ranges[source.name]]
+    return [ranges[name] for name in placement.sources[tensor.name]]

@@ -12,6 +12,7 @@ values that are only moved are rounded once instead of twice.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,8 @@ from onnxq.passes.ops import OPS
 
 # The first opset in which the operator takes 8-bit integers; the others always did.
 INTEGERS_SINCE = {"MaxPool": 12, "Resize": 10, "Pad": 11}
+# Operators that take integers of 8 bits only: MaxPool by ONNX, Resize by ONNX Runtime's kernels.
+BYTES_ONLY = ("MaxPool", "Resize")
 
 
 @rewrites("QuantizeLinear")
@@ -67,6 +70,8 @@ def move_integers(model: Model, move: gs.Node) -> str | None:
         return None
     if INTEGERS_SINCE.get(move.op, 0) > model.opset:
         raise Skip(f"{move.op} takes no integers before opset {INTEGERS_SINCE[move.op]}")
+    if move.op in BYTES_ONLY and np.dtype(before.inputs[0].dtype).itemsize > 1:
+        raise Skip(f"{move.op} takes integers of 8 bits only")
     quantizes = [q for (q,) in after]
     for quantize in quantizes:
         rescalable = all(n.op == "DequantizeLinear" for n in quantize.outputs[0].outputs)
@@ -124,18 +129,25 @@ def _attrs(node: gs.Node) -> dict[str, Any]:
     return {"axis": 1, "block_size": 0} | dict(node.attrs)
 
 
+@dataclass(frozen=True, slots=True)
 class SimplifyQdq:
-    """The three rules until nothing changes; a pass without options."""
+    """The rules until nothing changes.
 
-    name = "simplify_qdq"
+    integer_moves: whether data movement may stand on integers, or keeps its pairs.
+    """
+
+    integer_moves: bool = True
+
+    @property
+    def name(self) -> str:
+        """The pass's name."""
+        return "simplify_qdq"
 
     def __call__(self, model: Model, /) -> Sequence[Note]:
         """Fold pairs in place; see the module's text for what is exact."""
-        rules = Pipeline(self.name, (drop_requantize, merge_twins, move_integers))
+        moves = (move_integers,) if self.integer_moves else ()
+        rules = Pipeline(self.name, (drop_requantize, merge_twins, *moves))
         return [note for note in Fixpoint(rules)(model) if note.changed]
-
-    def __repr__(self) -> str:
-        return self.name
 
 
 simplify_qdq = SimplifyQdq()

@@ -55,6 +55,7 @@ def affine_params(
     qmax: int,
     dtype: DTypeLike,
     symmetric: bool,
+    power_of_two: bool = False,
 ) -> tuple[NDArray[np.float32], NDArray[Any]]:
     """Scale (float32) and zero point (`dtype`) that cover [lo, hi]; each of lo's shape.
 
@@ -70,6 +71,8 @@ def affine_params(
     [0, c], so c is the end of the grid. A scale is never subnormal: tiny ranges get the smallest
     normal float32. Use `ranges.weight_range` to lift dead channels relative to live ones.
 
+    power_of_two: the scale is the next 2^k that is not smaller, the zero point is that scale's.
+
     Raises ValueError when lo or hi is NaN or infinite, or lo > hi.
     """
     low, high = np.asarray(lo, np.float64), np.asarray(hi, np.float64)
@@ -81,10 +84,18 @@ def affine_params(
     middle = (qmin + qmax + 1) // 2
     span = np.maximum(-low, high) / (qmax - middle) if symmetric else (high - low) / (qmax - qmin)
     scale = np.where(span == 0, 1.0, np.maximum(span, SMALLEST_SCALE)).astype(np.float32)
+    if power_of_two:
+        scale = next_power_of_two(scale)
     if symmetric:
         return scale, np.full(scale.shape, middle, dtype)
     zero_point = np.clip(np.rint(qmin - low / scale.astype(np.float64)), qmin, qmax)
     return scale, zero_point.astype(dtype)
+
+
+def next_power_of_two(x: ArrayLike) -> NDArray[np.float32]:
+    """Return the least powers of two that are not below x (positive), as float32."""
+    fraction, exponent = np.frexp(np.asarray(x, np.float32))
+    return np.asarray(np.ldexp(np.float32(1), exponent - (fraction == 0.5)), np.float32)
 
 
 def _along(p: NDArray[Any], x: NDArray[Any], axis: int | None) -> NDArray[Any]:

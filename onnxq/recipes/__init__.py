@@ -63,6 +63,8 @@ def plan(
 ) -> Pipeline:
     """The recipe's passes with their options filled in; nothing runs.
 
+    quantize_weights is left out where the target does not fold what it writes.
+
     Raises RecipeError for an option that a pass does not have or cannot take.
     """
     context: dict[str, Any] = {
@@ -71,9 +73,11 @@ def plan(
         "calibration": calibration,
         "progress": progress,
         "version": target.opset,
+        "integer_moves": target.integer_moves,
     }
+    passes = [n for n in recipe.passes if target.stored_weights or n != "quantize_weights"]
     return Pipeline(
-        recipe.name, tuple(_build(n, recipe.options.get(n, {}), context) for n in recipe.passes)
+        recipe.name, tuple(_build(n, recipe.options.get(n, {}), context) for n in passes)
     )
 
 

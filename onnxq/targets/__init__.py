@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from onnxq.errors import RecipeError
-from onnxq.schemes import PerChannel, PerTensor, QuantScheme
+from onnxq.schemes import FORMATS, PerChannel, PerTensor, QuantScheme
 
 HERE = Path(__file__).parent
+
+Output = Literal["quantized", "any", "float"]
+Bias = Literal["int32", "float", "either"]
+FileFormat = Literal["onnx", "ort"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,13 +23,18 @@ class OpRule:
     """How a target runs one operator in integers.
 
     output: "quantized" when the integer kernel exists only with integer output, "any" when it may
-    also return floats. attributes: values that an attribute may have (the first is ONNX's default).
-    shared: inputs and output must have one scale.
+    also return floats, "float" when it reads integers and returns floats. attributes: values that
+    an attribute may have (the first is ONNX's default). shared: inputs and output must have one
+    scale. fixed: scale and zero point that the output must have, by activation format. weights:
+    how this operator's weights are quantized, where that is not the target's way.
     """
 
-    output: Literal["quantized", "any"] = "quantized"
+    output: Output = "quantized"
     attributes: Mapping[str, tuple[str, ...]] | None = None
     shared: bool = False
+    fixed: Mapping[str, tuple[float, int]] | None = None
+    weights: QuantScheme | None = None
+    source: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +72,20 @@ class Costs:
 class Target:
     """A runtime: number formats, the operators that it runs in integers, and what that costs.
 
-    Without costs, every operator that can run in integers does.
+    activations, weights: how onnxq quantizes for it. activation_formats, weight_formats: what it
+    runs, those first. narrow: signed weights do not use their least value. bias: as int32 in the
+    scale s_x s_w, as floats, or either (int32 is written); bias_bits: how many of the 32 it keeps.
+    floats: operators that may compute in floats; None: all. opset: what a recipe raises the model
+    to; max_opset: what it reads. domains: of operators that it knows. integer_operators: operators
+    on integers (QLinearConv, ...) that it reads. integer_moves: Reshape, MaxPool and the like may
+    stand on integers, without a pair around them. stored_weights: constants that are computed
+    from integers (Cast, Mul) are folded at load. static_shapes: free dimensions must be fixed.
+    saturates: u8s8 products are added in pairs in saturating 16 bits. file_format: what is written
+    beside the .onnx. machines: on which ONNX Runtime's CPU times are the target's own. Without
+    costs, every operator that can run in integers does.
+
+    sources: where each fact is from, by its name here; an operator without a source of its own has
+    that of "operators".
     """
 
     name: str
@@ -71,8 +93,47 @@ class Target:
     activations: QuantScheme
     weights: QuantScheme
     operators: Mapping[str, OpRule]
+    activation_formats: tuple[str, ...] = ()
+    weight_formats: tuple[str, ...] = ()
+    narrow: bool = False
+    bias: Bias = "int32"
+    bias_bits: int = 32
+    floats: tuple[str, ...] | None = None
     opset: int = 13
+    max_opset: int | None = None
+    domains: tuple[str, ...] = ("",)
+    integer_operators: tuple[str, ...] = ()
+    integer_moves: bool = False
+    stored_weights: bool = True
+    static_shapes: bool = False
+    saturates: bool = False
+    file_format: FileFormat = "onnx"
+    machines: tuple[str, ...] = ()
     costs: Costs | None = None
+    sources: Mapping[str, str] = field(default_factory=dict)
+
+    def weights_of(self, op: str) -> QuantScheme:
+        """How weights of an operator are quantized."""
+        rule = self.operators.get(op)
+        return rule.weights if rule is not None and rule.weights is not None else self.weights
+
+    def without_channels(self) -> Target:
+        """The target with one scale a weight: before opset 13 DequantizeLinear has no axis."""
+        operators = {
+            op: rule
+            if rule.weights is None
+            else replace(rule, weights=replace(rule.weights, granularity=PerTensor()))
+            for op, rule in self.operators.items()
+        }
+        weights = replace(self.weights, granularity=PerTensor())
+        return replace(self, weights=weights, operators=operators)
+
+    def source(self, fact: str, op: str = "") -> str:
+        """Where a fact, of an operator if one is named, is from."""
+        rule = self.operators.get(op)
+        if rule is not None and rule.source:
+            return rule.source
+        return self.sources.get(fact) or self.sources.get("operators", "")
 
 
 def names() -> list[str]:
@@ -89,24 +150,73 @@ def load_target(name: str) -> Target:
     if not path.is_file():
         raise RecipeError(f"unknown target {name!r}: one of {', '.join(names())}, or a .toml file")
     try:
-        table = tomllib.loads(path.read_text())
-        return _target(path.stem, table)
-    except (tomllib.TOMLDecodeError, TypeError, ValueError, KeyError) as e:
+        return _target(path.stem, _table(path, ()))
+    except (tomllib.TOMLDecodeError, TypeError, ValueError, KeyError, AttributeError) as e:
         raise RecipeError(f"{path}: not a target: {e}") from e
 
 
+def _table(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    """The file's table over that of the target it extends: a name, or a file beside it."""
+    table = tomllib.loads(path.read_text())
+    base = table.pop("extends", None)
+    if base is None:
+        return table
+    parent = path.parent / base if base.endswith(".toml") else HERE / f"{base}.toml"
+    if parent in (path, *seen) or not parent.is_file():
+        raise ValueError(f"extends {base!r}, which is not another target")
+    return _merged(_table(parent, (*seen, path)), table)
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    both = {
+        key: _merged(below[key], value)
+        if isinstance(value, dict) and isinstance(below.get(key), dict)
+        else value
+        for key, value in above.items()
+    }
+    return below | both
+
+
 def _target(name: str, table: dict[str, Any]) -> Target:
-    unknown = set(table) - {f.name for f in fields(Target)}
-    if unknown:
+    formats = {
+        kind: (table[kind]["format"], *table[kind].pop("accepts", ()))
+        for kind in ("activations", "weights")
+    }
+    if unknown := set(table) - {f.name for f in fields(Target)}:
         raise ValueError(f"unknown key {', '.join(sorted(unknown))}")
-    operators = {op: _rule(op, row) for op, row in table.pop("operators").items()}
-    activations = QuantScheme(granularity=PerTensor(), **table.pop("activations"))
+    if strange := {f for found in formats.values() for f in found} - set(FORMATS):
+        raise ValueError(f"unknown format {', '.join(sorted(strange))}")
+    if stray := set(table.get("sources", {})) - set(table):
+        raise ValueError(f"sources of {', '.join(sorted(stray))}, which it does not state")
+    for key, kind in (("bias", Bias), ("file_format", FileFormat)):
+        _one_of(key, table.get(key, get_args(kind)[0]), get_args(kind))
     weights = table.pop("weights")
-    per_channel = weights.pop("per_channel")
-    scheme = QuantScheme(granularity=PerChannel() if per_channel else PerTensor(), **weights)
+    operators = {op: _rule(op, row, weights) for op, row in table.pop("operators").items()}
     if "costs" in table:
         table["costs"] = _costs(table["costs"])
-    return Target(name=name, activations=activations, weights=scheme, operators=operators, **table)
+    plain: dict[str, Any] = {
+        key: tuple(v) if isinstance(v, list) else v for key, v in table.items()
+    }
+    return Target(
+        name=name,
+        activations=QuantScheme(granularity=PerTensor(), **plain.pop("activations")),
+        weights=_weights(weights),
+        operators=operators,
+        activation_formats=formats["activations"],
+        weight_formats=formats["weights"],
+        **plain,
+    )
+
+
+def _weights(table: dict[str, Any]) -> QuantScheme:
+    rest = {key: value for key, value in table.items() if key != "per_channel"}
+    return QuantScheme(granularity=PerChannel() if table["per_channel"] else PerTensor(), **rest)
+
+
+def _one_of(what: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        listed = ", ".join(repr(a) for a in allowed)
+        raise ValueError(f"{what} is one of {listed}, not {value!r}")
 
 
 def _costs(table: dict[str, Any]) -> Costs:
@@ -115,8 +225,15 @@ def _costs(table: dict[str, Any]) -> Costs:
     return Costs(operators=rates, **numbers)
 
 
-def _rule(op: str, row: dict[str, Any]) -> OpRule:
-    if row.get("output", "any") not in ("quantized", "any"):
-        raise ValueError(f"{op}: output is 'quantized' or 'any', not {row['output']!r}")
-    attributes = {k: tuple(v) for k, v in row.pop("attributes", {}).items()}
-    return OpRule(attributes=attributes or None, **row)
+def _rule(op: str, row: dict[str, Any], weights: dict[str, Any]) -> OpRule:
+    _one_of(f"{op}: output", row.get("output", "any"), get_args(Output))
+    rest = dict(row)
+    attributes = {k: tuple(v) for k, v in rest.pop("attributes", {}).items()}
+    fixed = {k: (float(s), int(z)) for k, (s, z) in rest.pop("fixed", {}).items()}
+    own = rest.pop("weights", None)
+    return OpRule(
+        attributes=attributes or None,
+        fixed=fixed or None,
+        weights=None if own is None else _weights(weights | own),
+        **rest,
+    )
