@@ -16,8 +16,9 @@ import onnx_graphsurgeon as gs
 
 from onnxq.conformance import Conformance, Finding
 from onnxq.model import Model, producer, values_of
+from onnxq.numerics.saturation import excess
 from onnxq.operands import Operand, clamp_behind, dequantized, operand, parameters, results, roles
-from onnxq.passes.ops import OPS, activation_inputs, weight_axis
+from onnxq.passes.ops import OPS, activation_inputs, kernel_rows, weight_axis
 from onnxq.schemes import FORMATS, PerChannel, QuantScheme
 from onnxq.targets import Target, load_target
 
@@ -193,6 +194,8 @@ class _Lint:
             tensor = node.inputs[spec.bias]
             if self.target.bias == "int32" and tensor.name and dequantized(tensor) is None:
                 yield self.found("bias", node, f"bias {tensor.name} is not int32")
+        if self.target.saturates:
+            yield from self.sums(node)
         made = results(self.model, node) or []
         if rule.shared:
             read = [dequantized(node.inputs[i]) for i in activation_inputs(node)]
@@ -207,6 +210,19 @@ class _Lint:
             if out.params.scale != np.float32(want[0]) or out.params.zero_point != want[1]:
                 text = f"its output must have scale {want[0]:g} and zero point {want[1]}"
                 yield self.found("fixed", node, text)
+
+    def sums(self, node: gs.Node) -> Iterator[Finding]:
+        """Products of uint8 and int8 that are added in pairs in 16 bits."""
+        if len(node.inputs) < 2:
+            return
+        x, w = (dequantized(t) for t in node.inputs[:2])
+        if x is None or w is None or w.values is None or (x.format, w.format) != ("uint8", "int8"):
+            return
+        rows = kernel_rows(node, w.values)
+        count = 0 if rows is None else sum(int((excess(r) > 1).any(0).sum()) for r in rows)
+        if count:
+            text = f"sums of pairs exceed 16 bits in {count} channels, and saturate"
+            yield self.found("saturates", node, text)
 
     def pair(self, node: gs.Node) -> Iterator[Finding]:
         """Formats and parameters of one Q or DQ node."""

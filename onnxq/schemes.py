@@ -161,7 +161,12 @@ def quantize_weight(
     bits = scheme.numbers.bits
     lo, hi = weight_range(w, axis, method, bits=bits, symmetric=scheme.symmetric)
     params = scheme.params(lo, hi, axis)
+    return integers(w, scheme, params), params
+
+
+def integers(w: NDArray[Any], scheme: QuantScheme, params: QParams) -> NDArray[Any]:
+    """A weight with given parameters; what is clipped stays in [-qmax, qmax] if symmetric."""
     q = params.quantize(w)
     if scheme.symmetric and scheme.numbers.signed:
-        np.maximum(q, -scheme.numbers.qmax, out=q)  # a clipped weight would become the least value
-    return q, params
+        np.maximum(q, -scheme.numbers.qmax, out=q)
+    return q

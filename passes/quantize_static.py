@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import reduce
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -26,19 +25,21 @@ from onnxq.data import Samples
 from onnxq.errors import DataError
 from onnxq.model import Model, readers, values_of
 from onnxq.numerics.affine import next_power_of_two
+from onnxq.numerics.saturation import safe_scale
 from onnxq.passes.ops import (
     OPS,
     activation_inputs,
     clamp_bounds,
     is_constant,
-    useful_range,
+    kernel_rows,
     weight_axis,
     weight_input,
 )
 from onnxq.passes.placement import RULE, Placement, keeps_scale, place
+from onnxq.passes.ranges import activation_params
 from onnxq.passes.sensitive import graph_rules, range_rules
 from onnxq.passes.work import macs
-from onnxq.schemes import PerChannel, PerTensor, QParams, QuantScheme, quantize_weight
+from onnxq.schemes import PerChannel, PerTensor, QParams, QuantScheme, integers, quantize_weight
 from onnxq.statistics import Histogram, Method
 from onnxq.targets import Target
 
@@ -93,7 +94,7 @@ class QuantizeStatic:
             ]
             floats |= more
             placement = place(model, target, floats, shapes)
-        ranges = self._params(model, placement, statistics)
+        ranges = activation_params(model, target, placement, statistics, self.range)
         notes = _Editor(model, target, ranges, self.weight_range).edit(placement)
         model.sweep()
         return [*notes, *declined, *placement.declined]
@@ -120,50 +121,6 @@ class QuantizeStatic:
             save_calibration(self.calibration, made, meta={"samples": len(self.samples)})
         return cast(Mapping[str, Histogram], made)
 
-    def _params(
-        self, model: Model, placement: Placement, statistics: Mapping[str, Histogram]
-    ) -> dict[str, QParams]:
-        """Scale and zero point of each quantized tensor; those of one group are one object."""
-        activations, numbers = self.target.activations, self.target.activations.numbers
-        known: dict[frozenset[str], QParams] = {}
-        useful: dict[frozenset[str], tuple[float, float]] = {}
-        for tensor in placement.tensors():
-            group, (lo, hi) = placement.sources[tensor.name], useful_range(model, tensor)
-            before = useful.get(group, (np.inf, -np.inf))
-            useful[group] = min(lo, before[0]), max(hi, before[1])
-        stored = self._stored_ranges(placement)
-        demanded = {
-            pair: QParams(np.array(pair[0], np.float32), np.array(pair[1], numbers.dtype))
-            for pair in set(placement.fixed.values())
-        }
-        fixed = {name: demanded[pair] for name, pair in placement.fixed.items()}
-        result = {}
-        for tensor in placement.tensors():
-            group = placement.sources[tensor.name]
-            if group not in known:
-                merged = reduce(Histogram.merge, (statistics[name] for name in sorted(group)))
-                found = merged.range(self.range, bits=numbers.bits, symmetric=activations.symmetric)
-                lo, hi = np.clip(found, *useful[group])
-                least, most = stored.get(group, (0.0, 0.0))
-                known[group] = activations.params(min(lo, least), max(hi, most))
-                if len({placement.fixed.get(name) for name in group}) == 1:
-                    known[group] = fixed.get(min(group), known[group])
-            result[tensor.name] = fixed.get(tensor.name, known[group])
-        return result
-
-    def _stored_ranges(self, placement: Placement) -> dict[frozenset[str], tuple[float, float]]:
-        """Of constants that are moved or joined: samples need not show all of their values."""
-        found: dict[frozenset[str], tuple[float, float]] = {}
-        for node in placement.nodes.values():
-            group = placement.sources.get(placement.result(node).name)
-            if group is None or not keeps_scale(node, self.target):
-                continue
-            for i in activation_inputs(node):
-                if is_constant(node.inputs[i]) and (v := values_of(node.inputs[i])) is not None:
-                    lo, hi = found.get(group, (0.0, 0.0))
-                    found[group] = min(lo, float(v.min())), max(hi, float(v.max()))
-        return found
-
 
 class _Editor:
     """Inserts the pairs; holds what is shared while doing so."""
@@ -182,13 +139,12 @@ class _Editor:
             weight_range,
         )
         self.constants: dict[QParams, tuple[gs.Constant, gs.Constant]] = {}
-        self.weights: dict[tuple[int, QuantScheme, int | None], tuple[gs.Tensor, QParams]] = {}
+        self.weights: dict[Any, tuple[gs.Tensor, QParams]] = {}
         self.params: dict[int, QParams] = {}  # of each dequantized activation, by id
-
         self.emitted: list[gs.Node] = []
+        self.spared: dict[int, int] = {}  # node id -> channels that the saturation guard touched
 
     def edit(self, placement: Placement) -> list[Note]:
-        notes = [self.note(node) for node in placement.nodes.values()]
         kept = {
             key: self.ranges.get(placement.result(node).name)
             for key, node in placement.nodes.items()
@@ -209,12 +165,14 @@ class _Editor:
             if weight_input(node) is not None:
                 self.weight_and_bias(node)
         self.bring_home(placement.nodes)
-        return notes
+        return [self.note(node) for node in placement.nodes.values()]
 
     def note(self, node: gs.Node) -> Note:
         text = f"{node.op}: {self.target.activations.format} activations"
         if weight_input(node) is not None:
             text += f", {self.target.weights_of(node.op).format} weights"
+        if spared := self.spared.get(id(node)):
+            text += f", scales of {spared} channels raised to keep sums of pairs in 16 bits"
         return Note(RULE, node.name, text)
 
     def absorb(self, node: gs.Node, clamp: gs.Node) -> None:
@@ -329,15 +287,35 @@ class _Editor:
                 node.inputs[i] = self.weight(node.inputs[i], scheme, None)[0]
 
     def weight(
-        self, tensor: gs.Tensor, scheme: QuantScheme, axis: int | None
+        self, tensor: gs.Tensor, scheme: QuantScheme, axis: int | None, node: gs.Node | None = None
     ) -> tuple[gs.Tensor, QParams]:
-        """The dequantized constant; one that several nodes use is quantized once."""
-        key = (id(tensor), scheme, axis)
+        """The dequantized constant; one that several nodes use is quantized once.
+
+        node: the layer whose kernel must not saturate, where the target's can.
+        """
+        guarded = node if node is not None and self.target.saturates else None
+        key = (id(tensor), scheme, axis, guarded and (guarded.op, guarded.attrs.get("transB", 0)))
         if key not in self.weights:
             values = np.asarray(values_of(tensor))
             q, params = quantize_weight(values, scheme, axis, self.weight_range)
+            if guarded is not None:
+                params = self.guard(guarded, values, params)
+                q = integers(values, scheme, params)
             self.weights[key] = self.integer_constant(tensor.name, q, params), params
         return self.weights[key]
+
+    def guard(self, node: gs.Node, values: NDArray[Any], params: QParams) -> QParams:
+        """Scales with which no pair of products exceeds 16 bits, see `numerics.saturation`."""
+        rows = kernel_rows(node, values)
+        if rows is None:
+            return params
+        if params.axis is None:
+            scale = safe_scale(np.hstack(list(rows)), params.scale)
+        else:
+            parts = np.split(params.scale, len(rows))
+            scale = np.hstack([safe_scale(r, s) for r, s in zip(rows, parts, strict=True)])
+        self.spared[id(node)] = int((scale > params.scale).sum())
+        return replace(params, scale=scale)
 
     def integer_constant(self, name: str, q: NDArray[Any], params: QParams) -> gs.Tensor:
         constant = self.model.constant(f"{name}_quantized", q)
@@ -362,7 +340,7 @@ class _Editor:
         assert index is not None
         weight, axis = node.inputs[index], self.axis(node, index)
         scheme = self.target.weights_of(node.op)
-        dequantized, params = self.weight(weight, scheme, axis)
+        dequantized, params = self.weight(weight, scheme, axis, node)
         has_bias = at is not None and len(node.inputs) > at and bool(node.inputs[at].name)
         if has_bias and self.target.bias != "float":
             x_scale = float(self.params[id(node.inputs[0])].scale)
@@ -380,7 +358,7 @@ class _Editor:
                 if scheme.power_of_two:
                     scale = next_power_of_two(scale)
                 params = replace(params, scale=scale)
-                q = params.quantize(np.asarray(values_of(weight)))
+                q = integers(np.asarray(values_of(weight)), scheme, params)
                 dequantized = self.integer_constant(weight.name, q, params)
             node.inputs[at] = self.bias(node.inputs[at].name, bias, x_scale, params, repeats)
         node.inputs[index] = dequantized

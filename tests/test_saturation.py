@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from onnx import numpy_helper, parser
 
-from onnxq import runtime
+from onnxq import check, runtime
 from onnxq.emulation import emulator
 from onnxq.model import Model
+from onnxq.numerics.metrics import sqnr_db
 from onnxq.numerics.saturation import excess, lost, safe_scale
+from onnxq.passes import QuantizeStatic
+from onnxq.synthetic import synthetic_samples
+from onnxq.targets import load_target
 
 RNG = np.random.default_rng(9)
 
@@ -154,3 +159,43 @@ def test_layers_one_after_the_other() -> None:
         real = (saturated(rows, w) - offset * w.astype(np.int64).sum(0)) * 0.00002
         rows = np.clip(np.rint(real / 0.01) + 120, 0, 255).astype(np.uint8)
     np.testing.assert_allclose(y, real, rtol=1e-3, atol=5e-3)
+
+
+MODEL = """<ir_version: 8, opset_import: ["": 17]>
+    g (float[1, 8, 12, 12] x) => (float[1, 10] y) {
+    c = Conv(x, w)  r = Relu(c)  d = Conv<group = 2>(r, wg)  p = GlobalAveragePool(d)
+    f = Flatten(p)  y = MatMul(f, m) }"""
+
+
+def guarded(saturates: bool) -> tuple[Model, Model, list[str]]:
+    proto = parser.parse_model(MODEL)
+    rng = np.random.default_rng(4)
+    for name, shape in {"w": (16, 8, 3, 3), "wg": (16, 8, 3, 3), "m": (16, 10)}.items():
+        values = rng.normal(0, 0.1, shape).astype(np.float32)
+        proto.graph.initializer.append(numpy_helper.from_array(values, name))
+    before = Model.from_proto(proto)
+    after = before.copy()
+    target = replace(load_target("ort-cpu-avx2"), costs=None, saturates=saturates)
+    notes = QuantizeStatic(target, synthetic_samples(before, 8))(after)
+    return before, after, [n.text for n in notes]
+
+
+def test_the_guard_keeps_all_sums_in_16_bits() -> None:
+    before, after, notes = guarded(saturates=True)
+    assert any("channels raised to keep sums of pairs in 16 bits" in text for text in notes)
+    found = emulator(after)
+    assert (len(found.layers), found.total) == (0, 3)
+    assert check(after, target="ort-cpu-avx2").violations == ()
+    feeds = list(synthetic_samples(before, 8))
+    one, two = (runtime.session(m.to_proto()) for m in (before, after))
+    a, b = (np.stack([s.run(None, feed)[0] for feed in feeds]) for s in (one, two))
+    assert sqnr_db(a, b) > 25
+
+
+def test_without_the_guard_they_are_violations() -> None:
+    _, after, notes = guarded(saturates=False)
+    assert not any("16 bits" in text for text in notes)
+    assert len(emulator(after).layers) == 3
+    found = check(after, target="ort-cpu-avx2").violations
+    assert [v.rule for v in found] == ["saturates"] * 3
+    assert check(after, target="ort-cpu").violations == ()

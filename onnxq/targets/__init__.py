@@ -192,6 +192,8 @@ def _target(name: str, table: dict[str, Any]) -> Target:
         _one_of(key, table.get(key, get_args(kind)[0]), get_args(kind))
     weights = table.pop("weights")
     operators = {op: _rule(op, row, weights) for op, row in table.pop("operators").items()}
+    if table.get("saturates") and (weights["format"], weights["symmetric"]) != ("int8", True):
+        raise ValueError("saturates is a matter of symmetric int8 weights")
     if "costs" in table:
         table["costs"] = _costs(table["costs"])
     plain: dict[str, Any] = {

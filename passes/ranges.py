@@ -1,0 +1,76 @@
+"""Scale and zero point of each quantized activation, from what calibration saw of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import reduce
+
+import numpy as np
+
+from onnxq.model import Model, values_of
+from onnxq.passes.ops import activation_inputs, is_constant, useful_range
+from onnxq.passes.placement import Placement, keeps_scale
+from onnxq.schemes import QParams
+from onnxq.statistics import Histogram, Method
+from onnxq.targets import Target
+
+Group = frozenset[str]
+
+
+def activation_params(
+    model: Model,
+    target: Target,
+    placement: Placement,
+    statistics: Mapping[str, Histogram],
+    method: Method,
+) -> dict[str, QParams]:
+    """The parameters by tensor name; those of one group are one object.
+
+    Three things have a say: the range seen, cut to what readers can tell apart; constants that are
+    moved or joined, whose values all count; and what the target demands of a result.
+    """
+    activations, numbers = target.activations, target.activations.numbers
+    useful, stored = _useful_ranges(model, placement), _stored_ranges(target, placement)
+    demanded = {
+        pair: QParams(np.array(pair[0], np.float32), np.array(pair[1], numbers.dtype))
+        for pair in set(placement.fixed.values())
+    }
+    fixed = {name: demanded[pair] for name, pair in placement.fixed.items()}
+    known: dict[Group, QParams] = {}
+    result = {}
+    for tensor in placement.tensors():
+        group = placement.sources[tensor.name]
+        if group not in known:
+            merged = reduce(Histogram.merge, (statistics[name] for name in sorted(group)))
+            found = merged.range(method, bits=numbers.bits, symmetric=activations.symmetric)
+            lo, hi = np.clip(found, *useful[group])
+            least, most = stored.get(group, (0.0, 0.0))
+            known[group] = activations.params(min(lo, least), max(hi, most))
+            if len({placement.fixed.get(name) for name in group}) == 1:
+                known[group] = fixed.get(min(group), known[group])
+        result[tensor.name] = fixed.get(tensor.name, known[group])
+    return result
+
+
+def _useful_ranges(model: Model, placement: Placement) -> dict[Group, tuple[float, float]]:
+    """What at least one reader of a group's tensors can tell apart."""
+    useful: dict[Group, tuple[float, float]] = {}
+    for tensor in placement.tensors():
+        group, (lo, hi) = placement.sources[tensor.name], useful_range(model, tensor)
+        before = useful.get(group, (np.inf, -np.inf))
+        useful[group] = min(lo, before[0]), max(hi, before[1])
+    return useful
+
+
+def _stored_ranges(target: Target, placement: Placement) -> dict[Group, tuple[float, float]]:
+    """Of constants that are moved or joined: samples need not show all of their values."""
+    found: dict[Group, tuple[float, float]] = {}
+    for node in placement.nodes.values():
+        group = placement.sources.get(placement.result(node).name)
+        if group is None or not keeps_scale(node, target):
+            continue
+        for i in activation_inputs(node):
+            if is_constant(node.inputs[i]) and (v := values_of(node.inputs[i])) is not None:
+                lo, hi = found.get(group, (0.0, 0.0))
+                found[group] = min(lo, float(v.min())), max(hi, float(v.max()))
+    return found
