@@ -235,6 +235,9 @@ class _Lint:
             made = operand(before, before.outputs[0].dtype)
             if made.format == of.format and made.has_params(of):
                 return  # said there
+        if of.values is None:
+            yield from self.activation(of)
+            return
         constants = {*self.target.activation_formats, *self.target.weight_formats}
         seen = set()
         for role, reader, i in roles(node):
@@ -245,8 +248,6 @@ class _Lint:
                 yield from self.bias(of, reader)
             elif role == "weights":
                 yield from self.weight(of, reader.op, weight_axis(reader, i))
-            elif role == "activations":
-                yield from self.activation(of)
             elif reader.op in self.target.operators and of.format not in constants:
                 yield self.found("activations", node, f"a constant in {of.format}")
 

@@ -109,22 +109,16 @@ def results(model: Model, node: gs.Node) -> list[Operand] | None:
 
 
 def roles(node: gs.Node) -> Iterator[tuple[str, gs.Node, int]]:
-    """How a DequantizeLinear's result is used: (role, reader, input) for each reader.
+    """How a dequantized constant is used: (role, reader, input) for each reader.
 
-    Roles: activations, weights, bias; constant: an operand that is neither.
+    Roles: weights, bias; constant: an operand that is neither.
     """
-    stored = values_of(node.inputs[0]) is not None
     for reader, i in readers(node.outputs[0]):
         spec = OPS.get(reader.op)
-        if not stored:
-            yield "activations", reader, i
-        elif spec is not None and spec.bias == i:
-            yield "bias", reader, i
-        elif (
-            spec is not None
-            and spec.weight is not None
-            and (i == spec.weight or (reader.op == "MatMul" and i < 2))
-        ):
-            yield "weights", reader, i
-        else:
+        if spec is None or spec.weight is None:
             yield "constant", reader, i
+        elif spec.bias == i:
+            yield "bias", reader, i
+        else:
+            is_weight = i == spec.weight or (reader.op == "MatMul" and i < 2)
+            yield "weights" if is_weight else "constant", reader, i

@@ -77,6 +77,7 @@ WRONG: list[Any] = [
     pytest.param(dict(form="uint8", zero=128), "tensorrt", "activations", "in uint8, not in int8", id="format"),
     pytest.param(dict(form="int16"), "tflite-int8", "activations", "in int16", id="16-bit"),
     pytest.param(dict(zero=3, bias=FLOAT_BIAS), "tensorrt", "activations", "the zero point must be 0", id="asymmetric"),
+    pytest.param(dict(bias=FLOAT_BIAS, tail="cq = QuantizeLinear(c, s, z) o = Constant<value = int8 {3}>() y = DequantizeLinear(cq, s, o)"), "tensorrt", "activations", "the zero point must be 0", id="dequantized-otherwise"),
     pytest.param(dict(scale="float s = {0.05}"), "esp-dl", "activations", "a power of two", id="power-of-two"),
     pytest.param(dict(scale="float[4] s = {0.1, 0.1, 0.2, 0.2}", form="int8[4]", zero="0, 0, 0, 0"), "ort-cpu", "activations", "one scale a tensor", id="per-channel-activation"),
     pytest.param(dict(weight_zero=1), "tflite-int8", "weights", "the zero point must be 0", id="weight-zero-point"),
@@ -150,6 +151,13 @@ def test_what_falls_back_is_no_violation(graph: dict[str, Any], op: str, text: s
     found = conformance(Model.from_proto(proto(**graph)), load_target("generic"))
     assert found.violations == ()
     assert [f for f in found.fallbacks if f.op == op and text in f.text]
+
+
+def test_weights_that_are_unpacked_at_load_compute_nothing() -> None:
+    stored = proto(tail="k = Cast<to = 1>(w) u = Mul(k, s) y = Conv(c, u)")
+    found = conformance(Model.from_proto(stored), load_target("generic"))
+    assert [f.op for f in found.fallbacks] == ["Conv", "Conv"]
+    assert found.is_clean
 
 
 def test_free_dimensions_keep_a_model_off_the_htp() -> None:

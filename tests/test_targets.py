@@ -6,7 +6,7 @@ import json
 import re
 from dataclasses import MISSING, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -25,6 +25,7 @@ from onnxq.model import Model
 from onnxq.numerics.metrics import sqnr_db
 from onnxq.ortformat import write_ort
 from onnxq.passes import QuantizeStatic, RaiseOpset, SimplifyQdq
+from onnxq.schemes import quantize_weight
 from onnxq.targets import Target, load_target
 from onnxq.validation import compare
 
@@ -114,6 +115,7 @@ CRAFTED = {
     "sigmoids-joined": f"c = Conv(x, w, b) s = Sigmoid(c) d = Conv(c, v) u = Sigmoid(d) n = Concat<axis = 2>(s, u) e = Conv(n, v) {TAIL} y = Tanh(h)",
     "constant-joined": f"c = Conv(x, w, b) n = Concat<axis = 2>(c, join) e = Conv(n, v) {TAIL} y = Relu(h)",
     "sigmoid-clamped": f"c = Conv(x, w, b) s = Sigmoid(c) r = Relu(s) e = Conv(r, v) {TAIL} y = Identity(h)",
+    "softmax-clamped": f"c = Conv(x, w, b) s = Softmax<axis = 1>(c) r = Relu(s) e = Conv(r, v) {TAIL} y = Identity(h)",
     "mean": f"c = Conv(x, w, b) q = ReduceMean<axes = [2, 3]>(c) e = Conv(q, v) {TAIL} y = Identity(h)",
     "swish": f"c = Conv(x, w, b) s = HardSwish(c) d = Conv(s, v) u = HardSigmoid(d) e = Mul(d, u) {TAIL} y = Identity(h)",
     "gate": f"c = Conv(x, w, b) q = GlobalAveragePool(c) r = Conv(q, v, b) s = Sigmoid(r) e = Mul(c, s) {TAIL} y = Identity(h)",
@@ -187,6 +189,29 @@ def test_fixed_outputs_are_rescaled_for_what_shares_a_scale() -> None:
     after = quantized(crafted(CRAFTED["sigmoids-joined"]), load_target("tflite-int8"))
     (concat,) = after.nodes("Concat")
     assert {float(t.inputs[0].inputs[1].values) for t in concat.inputs} == {1 / 256}
+
+
+def test_a_fixed_output_stands_before_a_clamp() -> None:
+    body = f"c = Conv(x, w, b) s = Tanh(c) r = Relu(s) e = Conv(r, v) {TAIL} y = Identity(h)"
+    after = quantized(crafted(body), load_target("tflite-int8"))
+    (tanh,) = after.nodes("Tanh")
+    assert [n.op for n in tanh.outputs[0].outputs] == ["QuantizeLinear"]
+
+
+def test_a_clamp_behind_another_operator_has_no_pair_of_its_own() -> None:
+    before = crafted(CRAFTED["residual"])
+    counts = {
+        name: len(quantized(before, load_target(name)).nodes("QuantizeLinear"))
+        for name in ("generic", "qnn-htp")  # generic has no Relu
+    }
+    assert counts["generic"] == counts["qnn-htp"]
+
+
+@pytest.mark.parametrize("method", ["minmax", "mse"])
+def test_symmetric_weights_leave_the_least_value_out(method: Literal["minmax", "mse"]) -> None:
+    w = np.append(np.random.default_rng(1).normal(0, 0.1, 5000), -1.0).astype(np.float32)
+    q, _ = quantize_weight(w[None], load_target("tensorrt").weights, 0, method)
+    assert q.min() == -127
 
 
 def test_powers_of_two_never_clip_more() -> None:
