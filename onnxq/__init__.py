@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from onnxq.data import Samples, open_samples
     from onnxq.errors import BudgetError, DataError, ModelError, OnnxqError, RecipeError
     from onnxq.model import Model
+    from onnxq.precalibration import calibrate
     from onnxq.report import Report
     from onnxq.workflow import compare, inspect, load, optimize
 
@@ -23,6 +24,7 @@ _HOMES = {
     "data": ("Samples", "open_samples"),
     "errors": ("BudgetError", "DataError", "ModelError", "OnnxqError", "RecipeError"),
     "model": ("Model",),
+    "precalibration": ("calibrate",),
     "report": ("Report",),
     "workflow": ("compare", "inspect", "load", "optimize"),
 }
@@ -42,6 +44,7 @@ __all__ = [
     "Report",
     "Samples",
     "Skip",
+    "calibrate",
     "compare",
     "inspect",
     "load",

@@ -2,6 +2,7 @@
 
 OnnxqError
 +-- ModelError        the file is not a model we can read or write
+|   +-- RefusedError  onnxruntime does not take it
 +-- DataError         samples that do not fit the model's inputs
 +-- RecipeError       the request contradicts itself or the target
 +-- BudgetError       the result is further from the original than was allowed, or nothing was done
@@ -16,6 +17,10 @@ class OnnxqError(Exception):
 
 class ModelError(OnnxqError):
     """The file is not a model that can be read or written."""
+
+
+class RefusedError(ModelError):
+    """Onnxruntime does not take the model: it has operators or versions that it does not know."""
 
 
 class DataError(OnnxqError):

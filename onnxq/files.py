@@ -6,10 +6,13 @@ import errno
 import mmap
 import os
 import secrets
+import signal
 import stat
+import threading
+import time
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import BinaryIO
 
@@ -27,6 +30,10 @@ CHUNK = 1 << 24
 """Bytes copied at a time from one data file to another."""
 
 
+LEFTOVER_SECONDS = 86400
+"""Age at which nobody writes to a temporary file any more."""
+
+
 @contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Write a file so that `path` holds its old content, or all of the new one, never a part.
@@ -37,26 +44,100 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
     Raises ModelError, one line, when the file cannot be written.
     """
-    target = Path(path)
-    temporary = target.parent / f".onnxq-{secrets.token_hex(8)}.tmp"
-    try:
-        mode = _mode_of(target)
-        with _create(temporary) as file:
-            yield file
-            file.flush()
-            if mode is not None:
-                os.chmod(file.fileno(), mode)
-            os.fsync(file.fileno())
-            if not temporary.exists():
-                _give_name(file.fileno(), temporary)
-        os.replace(temporary, target)
-        _sync_folder(target.parent)
-    except OSError as e:
-        reason = e.strerror or str(e)
-        raise ModelError(f"{target}: cannot be written ({reason}); choose another output") from e
-    finally:
+    with atomic_writes(path) as (file,):
+        yield file
+
+
+@contextmanager
+def atomic_writes(*paths: str | os.PathLike[str]) -> Iterator[tuple[BinaryIO, ...]]:
+    """Write several files, as `atomic_write` does one: all are complete before any takes its name.
+
+    They take their names in the order of `paths`, and no signal comes between.
+    """
+    with ExitStack() as stack:
+        drafts = [stack.enter_context(_Draft(Path(path))) for path in reversed(paths)][::-1]
+        yield tuple(draft.file for draft in drafts)
+        for draft in drafts:
+            draft.complete()
+        with _undisturbed():
+            for draft in drafts:
+                draft.commit()
+
+
+class _Draft:
+    """A temporary file on its way to become `target`; all that fails is told as ModelError."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+        self.temporary = target.parent / f".onnxq-{secrets.token_hex(8)}.tmp"
+        with self._told():
+            self.mode = _mode_of(target)
+            self.file = _create(self.temporary)
+
+    def __enter__(self) -> _Draft:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         with suppress(OSError):
-            temporary.unlink()
+            self.file.close()
+        with suppress(OSError):
+            self.temporary.unlink()
+        if isinstance(error, OSError):
+            with self._told():
+                raise error
+
+    def complete(self) -> None:
+        """Bring all bytes to the disk, under the temporary name."""
+        with self._told():
+            self.file.flush()
+            if self.mode is not None:
+                os.chmod(self.file.fileno(), self.mode)
+            os.fsync(self.file.fileno())
+            if not self.temporary.exists():
+                _give_name(self.file.fileno(), self.temporary)
+            self.file.close()
+
+    def commit(self) -> None:
+        """Take the place of the target."""
+        with self._told():
+            os.replace(self.temporary, self.target)
+            _sync_folder(self.target.parent)
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as e:
+            reason = e.strerror or str(e)
+            raise ModelError(
+                f"{self.target}: cannot be written ({reason}); choose another output"
+            ) from e
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Raise ModelError now if `atomic_write` could not even begin."""
+    with _Draft(Path(path)):
+        pass
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Hold back SIGINT and SIGTERM; their handlers run in the main thread, and would raise."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    late: list[int] = []
+    before = {
+        number: signal.signal(number, lambda got, frame: late.append(got))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for got in late:
+            signal.raise_signal(got)
 
 
 def _mode_of(target: Path) -> int | None:
@@ -78,8 +159,17 @@ def _create(temporary: Path) -> BinaryIO:
     if unnamed is not None and Path("/proc/self/fd").is_dir():
         with suppress(OSError):
             return os.fdopen(os.open(temporary.parent, unnamed | os.O_RDWR, 0o666), "wb")
+    _remove_leftovers(temporary.parent)
     flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | getattr(os, "O_BINARY", 0)
     return os.fdopen(os.open(temporary, flags, 0o666), "wb")
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what killed runs left behind, of files that have a name: a day old, to be sure."""
+    for old in folder.glob(".onnxq-*.tmp"):
+        with suppress(OSError):
+            if time.time() - old.stat().st_mtime > LEFTOVER_SECONDS:
+                old.unlink()
 
 
 def _give_name(descriptor: int, name: Path) -> None:

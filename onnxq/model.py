@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections import ChainMap
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 from onnx_graphsurgeon.logger import G_LOGGER
 
 from onnxq.errors import ModelError
-from onnxq.files import PROTOBUF_LIMIT, DataFolder, atomic_write, check_model, read_model
+from onnxq.files import PROTOBUF_LIMIT, DataFolder, atomic_writes, check_model, read_model
 from onnxq.opsets import carry, convert
 from onnxq.serialization import (
     DEFAULT_DOMAIN,
@@ -206,20 +205,23 @@ class Model:
         Raises ModelError, one line, when the files cannot be written.
         """
         target = Path(path)
-        with ExitStack() as files:
-            file = files.enter_context(atomic_write(target))
-            put: Put = inline
-            if self._wants_data_file():
-                beside = target.with_name(f"{target.name}.data")
-                put = DataWriter(files.enter_context(atomic_write(beside)), beside.name)
+        beside = target.with_name(f"{target.name}.data")
+        paths = [beside, target] if self.wants_data_file() else [target]
+        with atomic_writes(*paths) as (*data, file):
+            put: Put = DataWriter(data[0], beside.name) if data else inline
             try:
                 file.write(self._export(put).SerializeToString(deterministic=True))
             except (ValueError, EncodeError) as e:
                 raise ModelError(f"{target}: cannot be written ({e})") from e
-            file.flush()
-            os.fsync(file.fileno())
 
-    def _wants_data_file(self) -> bool:
+    def data_files(self) -> set[Path]:
+        """The data files that weights are still read from."""
+        constants = chain(*place(self.graph).values())
+        held = (c._values for c in constants)
+        return {v.file.path for v in held if isinstance(v, Stored) and v.file is not None}
+
+    def wants_data_file(self) -> bool:
+        """Whether `save` writes a data file beside the model."""
         sizes = self.weight_sizes()
         return sum(sizes) > EXTERNAL_ABOVE or (
             self.has_data_file and max(sizes, default=0) >= SMALL

@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from onnxq.errors import ModelError
+from onnxq.errors import ModelError, RefusedError
 from onnxq.model import Model
 
 Source = Model | onnx.ModelProto | bytes | str | os.PathLike[str]
@@ -27,7 +27,7 @@ LARGE = 1 << 30  # bytes of weights above which a model goes to onnxruntime thro
 def session(model: Source, *, optimize: Level = "all", threads: int | None = None) -> Any:
     """Make an onnxruntime session on the CPU; only errors are logged.
 
-    threads: for one operator (None: onnxruntime's own choice, all cores). Raises ModelError when
+    threads: for one operator (None: onnxruntime's own choice, all cores). Raises RefusedError when
     onnxruntime does not take the model.
     """
     import onnxruntime as ort
@@ -49,7 +49,7 @@ def session(model: Source, *, optimize: Level = "all", threads: int | None = Non
             return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         except Exception as e:  # onnxruntime's exceptions share no base but Exception
             where = source if isinstance(source, str) else "the model"
-            raise ModelError(f"onnxruntime cannot load {where}: {one_line(e)}") from e
+            raise RefusedError(f"onnxruntime cannot load {where}: {one_line(e)}") from e
 
     if isinstance(model, onnx.ModelProto) and model.ByteSize() > LARGE:
         model = Model.from_proto(model)  # it does not fit into one string of bytes

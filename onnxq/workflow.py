@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from onnxq import runtime
-from onnxq.core import Note, Pipeline
+from onnxq.core import Note, Pass
 from onnxq.coverage import coverage
 from onnxq.data import Samples, Spec, open_samples
 from onnxq.errors import BudgetError, ModelError
@@ -25,7 +25,13 @@ from onnxq.model import Model
 from onnxq.passes.placement import place
 from onnxq.passes.sensitive import graph_rules
 from onnxq.passes.work import macs
-from onnxq.recipes import load_recipe, plan
+from onnxq.preconditions import (
+    check_output,
+    require_budget,
+    told_what_runs,
+    why_not_compared,
+)
+from onnxq.recipes import Recipe, load_recipe, plan, wants
 from onnxq.report import Comparison, Inspection, Report
 from onnxq.synthetic import synthetic_samples
 from onnxq.targets import load_target
@@ -40,6 +46,12 @@ SYNTHETIC = 32  # samples drawn when there is no data
 HELD_OUT = 256  # at most so many samples are kept from calibration
 COMPARE_SECONDS, TIME_SECONDS = 5.0, 3.0
 LAYERS_SAMPLES = 2
+NO_SAMPLES = Samples(lambda start, stop: iter(()), 0, "none: the model was not run")
+INTEGER = frozenset(
+    "QLinearConv QLinearMatMul ConvInteger MatMulInteger QGemm QAttention MatMulNBits "
+    "QLinearAdd QLinearMul DynamicQuantizeLSTM DequantizeLinear".split()
+)
+"""Operators that only a quantized model has."""
 INVALID = (onnx.checker.ValidationError, onnx.shape_inference.InferenceError)
 
 
@@ -62,7 +74,7 @@ def optimize(
     target: str = "ort-cpu",
     calibration: PathLike | None = None,
     min_sqnr: float | None = None,
-    validate: bool = True,
+    validate: bool | None = None,
     allow_unchanged: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
@@ -71,39 +83,44 @@ def optimize(
 
     data: see `onnxq.data.open_samples`; synthetic samples without. The last quarter of 8 or more
     samples is kept from calibration and used for the comparison. calibration: a file; re-used when
-    it is there, written when not. min_sqnr: dB that every output must reach. output None, or
-    dry_run: nothing is written.
+    it is there, written when not. min_sqnr: dB that every output must reach. validate: whether to
+    compare; None leaves it out where the recipe does not run the model anyway and that is large or
+    nothing for onnxruntime. output None, or dry_run: nothing is written.
 
     Raises OnnxqError: ModelError, DataError, RecipeError for what cannot be used; BudgetError when
     min_sqnr is missed or nothing was quantized (nothing is written then).
     """
-    job = _Job(progress)
+    require_budget(min_sqnr, validate=validate)
+    job = Job(progress)
     with job.stage("load"):
         original = model if isinstance(model, str | os.PathLike) else load(model).copy()
         edited = load(original).copy() if isinstance(original, Model) else load(original)
         chosen, aim = load_recipe(recipe), load_target(target)
+        if output is not None and not dry_run:
+            check_output(model, edited, output, (data, calibration))
         before = _size(original), len(edited.nodes()), edited.opset
-        if data is None:
-            samples = synthetic_samples(edited, SYNTHETIC)
-            job.warnings.append(
-                "no --data: ranges come from synthetic samples, expect a loss of accuracy; "
-                "give real ones before you deploy"
-            )
-        else:
-            samples = open_samples(data, edited)
-        fitting, held = _split(samples)
+        fits = wants(chosen, "samples")
+        compared = validate is not False and (validate is True or fits or min_sqnr is not None)
+        if validate is None and not compared:
+            reason = why_not_compared(original, edited)
+            job.warnings += [] if reason is None else [f"not compared with the original: {reason}"]
+            compared = reason is None
     path = None if calibration is None else Path(calibration)
-    pipeline = plan(
-        chosen, aim, fitting, calibration=path, progress=job.sample_progress(len(fitting))
-    )
-    notes = job.run(pipeline, edited)
+    with told_what_runs(chosen.name) if fits else nullcontext():
+        with job.stage("load"):
+            samples = opened(data, edited, job, warn=fits) if fits or compared else NO_SAMPLES
+            fitting, held = split(samples)
+        pipeline = plan(
+            chosen, aim, fitting, calibration=path, progress=job.sample_progress(len(fitting))
+        )
+        notes = [note for pass_ in pipeline.passes for note in job.run(pass_, edited)]
     edited.infer_shapes()
-    feed = next(iter(held))
+    feed = next(iter(held), {})
     covered = coverage(edited, edited.shapes_for({k: np.shape(v) for k, v in feed.items()}))
     if not allow_unchanged and any(name.startswith("quantize") for name in chosen.passes):
-        _require_quantized(notes)
+        _require_quantized(notes, edited)
     fidelity = timing = None
-    if validate:
+    if compared:
         with job.stage("validate"):
             _check(edited, original)
             fidelity = compare_outputs(
@@ -115,16 +132,14 @@ def optimize(
             timing = runtime.latency(original, edited, feed, seconds=TIME_SECONDS)
         if min_sqnr is not None and fidelity.sqnr_db < min_sqnr:
             _miss(original, edited, held, fidelity.sqnr_db, min_sqnr)
-    elif min_sqnr is not None:
-        raise BudgetError("--min-sqnr needs the comparison that --no-validate leaves out")
     with job.stage("write"):
         size = _written(edited, output) if output is not None and not dry_run else _size(edited)
     return Report(
-        model=_name(model),
+        model=name_of(model),
         output=None if output is None or dry_run else os.fspath(output),
         recipe=chosen.name,
         target=aim.name,
-        samples=f"{len(fitting)} for calibration: {samples.description}",
+        samples=_used(samples, fitting, chosen),
         validated_on=_validated_on(samples, held, fidelity.samples if fidelity else 0),
         size_bytes=(before[0], size),
         nodes=(before[1], len(edited.nodes())),
@@ -140,7 +155,7 @@ def optimize(
 
 
 @dataclass(slots=True)
-class _Job:
+class Job:
     """What one run of `optimize` keeps: time, warnings, where progress goes."""
 
     progress: Progress | None
@@ -162,15 +177,31 @@ class _Job:
         tell = self.progress
         return lambda done: tell(self.now, done, total)
 
-    def run(self, pipeline: Pipeline, model: Model) -> list[Note]:
-        notes: list[Note] = []
-        for pass_ in pipeline.passes:
-            with self.stage(pass_.name):
-                notes += pass_(model)
-        return notes
+    def run(self, pass_: Pass, model: Model) -> Sequence[Note]:
+        """Run a pass."""
+        with self.stage(pass_.name):
+            return pass_(model)
 
 
-def _split(samples: Samples) -> tuple[Samples, Samples]:
+def opened(data: Spec | None, model: Model, job: Job, *, warn: bool = True) -> Samples:
+    """The samples; synthetic ones without data, with a warning where ranges come from them."""
+    if data is not None:
+        return open_samples(data, model)
+    if warn:
+        job.warnings.append(
+            "no --data: ranges come from synthetic samples, expect a loss of accuracy; "
+            "give real ones before you deploy"
+        )
+    return synthetic_samples(model, SYNTHETIC)
+
+
+def _used(samples: Samples, fitting: Samples, recipe: Recipe) -> str:
+    if wants(recipe, "samples"):
+        return f"{len(fitting)} for calibration: {samples.description}"
+    return samples.description
+
+
+def split(samples: Samples) -> tuple[Samples, Samples]:
     """Samples to calibrate on, and to compare on: the same ones if there are few."""
     if len(samples) < 8:
         return samples, samples
@@ -189,15 +220,24 @@ def _validated_on(samples: Samples, held: Samples, used: int) -> str:
     return f"{used} {kind}"
 
 
-def _require_quantized(notes: Sequence[Note]) -> None:
+def _require_quantized(notes: Sequence[Note], model: Model) -> None:
     if any(n.changed and n.rule.startswith("quantize") for n in notes):
         return
-    reasons = Counter(n.text for n in notes if not n.changed and n.rule.startswith("quantize"))
-    why = "; ".join(f"{text} ({count})" for text, count in reasons.most_common(3))
     raise BudgetError(
-        f"nothing was quantized: {why or 'the model has no layer with a weight'}; "
+        f"nothing was quantized: {why_not(notes, model)}; "
         "nothing was written (--allow-unchanged writes the cleaned model)"
     )
+
+
+def why_not(notes: Sequence[Note], model: Model) -> str:
+    """Why nothing was quantized: that the model already is, or the commonest reasons."""
+    ops = Counter(node.op for node in model.nodes() if node.op in INTEGER)
+    if ops:
+        listed = ", ".join(f"{count} {op}" for op, count in ops.most_common(3))
+        return f"the model is already quantized ({listed}): start from the float model"
+    reasons = Counter(n.text for n in notes if not n.changed and n.rule.startswith("quantize"))
+    why = "; ".join(f"{text} ({count})" for text, count in reasons.most_common(3))
+    return why or "the model has no layer with a weight"
 
 
 def _check(model: Model, original: ModelLike) -> None:
@@ -252,7 +292,7 @@ def _size(model: ModelLike) -> int:
     return int(model.ByteSize())
 
 
-def _name(model: ModelLike) -> str:
+def name_of(model: ModelLike) -> str:
     return os.fspath(model) if isinstance(model, str | os.PathLike) else "model in memory"
 
 
@@ -268,11 +308,11 @@ def inspect(model: ModelLike, *, target: str = "ort-cpu") -> Inspection:
     for graph in found.graphs():
         for tensor in graph.tensors().values():
             if isinstance(tensor, gs.Constant):
-                count = prod(tensor.shape)
+                count = math.prod(tensor.shape)
                 parameters += count
                 sizes[str(tensor.dtype)] += count * getattr(np.dtype(tensor.dtype), "itemsize", 1)
     return Inspection(
-        model=_name(model),
+        model=name_of(model),
         target=aim.name,
         ir_version=found.envelope.ir_version,
         opset={o.domain: o.version for o in found.envelope.opset_import},
@@ -310,12 +350,12 @@ def compare(
     """
     one, two = load(original), load(result)
     samples = synthetic_samples(one, SYNTHETIC) if data is None else open_samples(data, one)
-    tell = None if progress is None else _Job(progress, now="compare").sample_progress(len(samples))
+    tell = None if progress is None else Job(progress, now="compare").sample_progress(len(samples))
     fidelity = compare_outputs(original, result, samples, progress=tell)
     layers = layer_fidelity(one, two, samples.take(LAYERS_SAMPLES))
     return Comparison(
-        _name(original),
-        _name(result),
+        name_of(original),
+        name_of(result),
         fidelity,
         tuple(sorted(layers, key=lambda layer: layer.sqnr_db)),
     )
