@@ -8,6 +8,11 @@ OnnxqError
 +-- BudgetError       the result is further from the original than was allowed, or nothing was done
 """
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
 
 class OnnxqError(Exception):
     """Base of all errors that a user can cause and mend; `exit_code` is the command's."""
@@ -35,3 +40,9 @@ class BudgetError(OnnxqError):
     """The result is further from the original than was allowed; nothing was written."""
 
     exit_code = 1
+
+
+def meant(name: str, known: Iterable[str]) -> str:
+    """For the end of a message: which known name is likely meant, or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

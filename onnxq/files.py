@@ -8,13 +8,14 @@ import os
 import secrets
 import signal
 import stat
+import tempfile
 import threading
 import time
 import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import onnx
@@ -238,9 +239,9 @@ class DataFile:
     place. Not all can be kept: some exporters write one file a tensor, systems limit open files.
     """
 
-    def __init__(self, path: Path, *, keep: bool) -> None:
+    def __init__(self, path: Path, *, keep: bool, flags: int = 0) -> None:
         self.path = path
-        descriptor = os.open(path, _READ)
+        descriptor = os.open(path, _READ | flags)
         self.size = os.fstat(descriptor).st_size
         self._identity = _identity(descriptor)
         self._descriptor: int | None = None
@@ -249,6 +250,26 @@ class DataFile:
             weakref.finalize(self, os.close, descriptor)
         else:
             os.close(descriptor)
+
+    @classmethod
+    def unnamed(cls) -> DataFile:
+        """A new file to append to, that goes with this value. Raises OSError."""
+        descriptor, name = tempfile.mkstemp(prefix="onnxq-")
+        try:
+            return cls(Path(name), keep=True, flags=os.O_RDWR)
+        finally:
+            os.close(descriptor)
+            os.unlink(name)
+
+    def append(self, data: Any) -> int:
+        """Write bytes at the end; return where that was. Raises OSError."""
+        assert self._descriptor is not None
+        offset = -(-self.size // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
+        view, done = memoryview(data), 0
+        while done < len(view):
+            done += os.pwrite(self._descriptor, view[done : done + CHUNK], offset + done)
+        self.size = offset + done
+        return offset
 
     @contextmanager
     def _open(self) -> Iterator[int]:

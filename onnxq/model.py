@@ -35,11 +35,14 @@ from onnxq.shapes import Merge, fill, same_types, symbols, take_types, update
 from onnxq.sweeping import sweep
 from onnxq.weights import (
     SMALL,
+    SPILLED,
     DataWriter,
     Fetch,
     Placeholders,
     Put,
+    Scratch,
     Stored,
+    Weight,
     bytes_in,
     inline,
     values_in,
@@ -70,6 +73,7 @@ class Model:
     has_data_file: bool = field(default=False, repr=False)
     _counts: dict[str, int] = field(default_factory=dict, repr=False)
     _walked: list[gs.Graph] = field(default_factory=list, repr=False)
+    _scratch: Scratch = field(default_factory=Scratch, repr=False)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Model:
@@ -347,7 +351,10 @@ class Model:
 
     def constant(self, name: str, values: NDArray[Any]) -> gs.Constant:
         """A new initializer; the name is made unique."""
-        return gs.Constant(self.unique(name), np.asarray(values))
+        array = np.asarray(values)
+        if self.has_data_file and array.nbytes >= SPILLED:
+            return Weight(self.unique(name), self._scratch.put(array))
+        return gs.Constant(self.unique(name), array)
 
     def emit(
         self,

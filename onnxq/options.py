@@ -11,8 +11,7 @@ from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from onnxq.core import Pass
-from onnxq.errors import RecipeError
-from onnxq.plugins import meant
+from onnxq.errors import RecipeError, meant
 
 FILLED = ("target", "samples", "calibration", "progress")
 """Fields that `plan` fills in from the command's own options."""

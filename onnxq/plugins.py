@@ -8,16 +8,14 @@ whose fields are its options and whose instances are passes.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import os
 import sys
-from collections.abc import Iterable
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from onnxq.core import Pass
-from onnxq.errors import RecipeError
+from onnxq.errors import RecipeError, meant
 from onnxq.passes import PASSES
 
 GROUP = "onnxq.passes"
@@ -75,12 +73,6 @@ def find_pass(name: str) -> Pass | type[Any]:
         )
     point = points[name]
     return _checked(f"{name} of {_owner(point)}", _imported(name, point.module, point.attr))
-
-
-def meant(name: str, known: Iterable[str]) -> str:
-    """'' or a hint which known name is likely meant."""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def _imported(name: str, module: str, attribute: str) -> Any:

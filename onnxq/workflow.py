@@ -98,7 +98,7 @@ def optimize(
         chosen, aim = load_recipe(recipe), load_target(target)
         if output is not None and not dry_run:
             check_output(model, edited, output, (data, calibration))
-        before = _size(original), len(edited.nodes()), edited.opset
+        before = _size(original, edited), len(edited.nodes()), edited.opset
         fits = wants(chosen, "samples")
         compared = validate is not False and (validate is True or fits or min_sqnr is not None)
         if validate is None and not compared:
@@ -133,7 +133,11 @@ def optimize(
         if min_sqnr is not None and fidelity.sqnr_db < min_sqnr:
             _miss(original, edited, held, fidelity.sqnr_db, min_sqnr)
     with job.stage("write"):
-        size = _written(edited, output) if output is not None and not dry_run else _size(edited)
+        size = (
+            _written(edited, output)
+            if output is not None and not dry_run
+            else _size(edited, edited)
+        )
     return Report(
         model=name_of(model),
         output=None if output is None or dry_run else os.fspath(output),
@@ -278,14 +282,10 @@ def _written(model: Model, output: PathLike) -> int:
     )
 
 
-def _size(model: ModelLike) -> int:
+def _size(model: ModelLike, loaded: Model) -> int:
     if isinstance(model, str | os.PathLike):
-        path = Path(model)
-        return path.stat().st_size + sum(
-            p.stat().st_size
-            for p in (path.with_name(path.name + s) for s in (".data", "_data"))
-            if p.exists()
-        )
+        files = (Path(model), *loaded.data_files())
+        return sum(file.stat().st_size for file in files)
     if isinstance(model, Model):
         total = sum(model.weight_sizes())
         return total if total > runtime.LARGE else model.to_proto().ByteSize()

@@ -11,9 +11,9 @@ from typing import Any
 
 from onnxq.core import Pipeline
 from onnxq.data import Samples
-from onnxq.errors import RecipeError
+from onnxq.errors import RecipeError, meant
 from onnxq.options import build, options_of
-from onnxq.plugins import find_pass, meant
+from onnxq.plugins import find_pass
 from onnxq.targets import Target
 
 HERE = Path(__file__).parent

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from onnxq.errors import RecipeError
+from onnxq.errors import RecipeError, meant
 from onnxq.schemes import PerChannel, PerTensor, QuantScheme
 
 HERE = Path(__file__).parent
@@ -87,7 +87,10 @@ def load_target(name: str) -> Target:
     """
     path = Path(name) if name.endswith(".toml") else HERE / f"{name}.toml"
     if not path.is_file():
-        raise RecipeError(f"unknown target {name!r}: one of {', '.join(names())}, or a .toml file")
+        raise RecipeError(
+            f"unknown target {name!r}: one of {', '.join(names())}, or a .toml file"
+            f"{meant(name, names())}"
+        )
     try:
         table = tomllib.loads(path.read_text())
         return _target(path.stem, table)
