@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from onnxq.data import Samples, Spec, open_samples
-from onnxq.recipes import load_recipe, plan
+from onnxq.recipes import load_recipe, plan, wants
 from onnxq.report import SCHEMA, to_json
 from onnxq.synthetic import synthetic_samples
 from onnxq.targets import load_target
-from onnxq.workflow import SYNTHETIC, ModelLike, load
+from onnxq.workflow import NO_SAMPLES, SYNTHETIC, ModelLike, load
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -65,7 +65,11 @@ def preview(
     Raises OnnxqError as `optimize` does for files, samples and names that cannot be used.
     """
     loaded, chosen, aim = load(model), load_recipe(recipe), load_target(target)
-    samples = synthetic_samples(loaded, SYNTHETIC) if data is None else open_samples(data, loaded)
+    if data is not None:
+        samples = open_samples(data, loaded)
+    else:
+        runs = wants(chosen, "samples")
+        samples = synthetic_samples(loaded, SYNTHETIC) if runs else NO_SAMPLES
     pipeline = plan(chosen, aim, samples)
     return Preview(tuple(_told(p) for p in pipeline.passes), samples.description, _seen(samples))
 

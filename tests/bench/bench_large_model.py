@@ -3,8 +3,8 @@
     python tests/bench/bench_large_model.py [gigabytes]
 
 The model is a chain of layers with external data: MatMul, and behind every second one a Mul by
-constants that clean-up folds into the weight; one Identity and one twin of a weight. It is made in
-a temporary folder, which is deleted afterwards. `command_*`: `onnxq optimize large.onnx out.onnx
+constants that clean-up folds into the weight; an Identity, and the last weight is the first one
+again. It is made in a temporary folder, which is deleted afterwards. `command_*`: `onnxq optimize large.onnx out.onnx
 --recipe cleanup` as a process of its own.
 """
 
@@ -29,21 +29,18 @@ DATA = "large.data"
 def make(folder: Path, gigabytes: float) -> Path:
     """Write the model; each layer has a 64 MiB weight, the last two have the same one."""
     count = round(gigabytes * 1e9 / BYTES)
-    rng = np.random.default_rng(0)
     info = [helper.make_tensor_value_info(n, 1, ["N", SIDE]) for n in ("t0", "y")]
     graph = helper.make_graph([], "large", info[:1], info[1:])
     with open(folder / DATA, "wb") as data:
         for i in range(count):
-            if i < count - 1:
-                values = rng.random((SIDE, SIDE), np.float32)
-            data.write(values.data)
+            seed = 0 if i == count - 1 else i
+            data.write(np.random.default_rng(seed).random((SIDE, SIDE), np.float32).data)
             _weight(graph, f"w{i}", i)
             graph.node.append(helper.make_node("MatMul", [f"t{i}", f"w{i}"], [f"m{i}"]))
             op, *more = ("Mul", "scale") if i % 2 else ("Relu",)
             graph.node.append(helper.make_node(op, [f"m{i}", *more], [f"t{i + 1}"]))
-    graph.initializer.append(
-        helper.make_tensor("scale", 1, [SIDE], rng.random(SIDE, np.float32).tobytes(), raw=True)
-    )
+    scale = np.linspace(0.5, 2, SIDE, dtype=np.float32)
+    graph.initializer.append(helper.make_tensor("scale", 1, [SIDE], scale.tobytes(), raw=True))
     graph.node.append(helper.make_node("Identity", [f"t{count}"], ["z"]))
     graph.node.append(helper.make_node("Relu", ["z"], ["y"]))
     path = folder / "large.onnx"
