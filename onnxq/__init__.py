@@ -14,19 +14,21 @@ if TYPE_CHECKING:
     from onnxq.core import Fixpoint, Note, Pass, Pipeline, Skip, rewrites
     from onnxq.data import Samples, open_samples
     from onnxq.errors import BudgetError, DataError, ModelError, OnnxqError, RecipeError
+    from onnxq.loading import load
     from onnxq.model import Model
     from onnxq.precalibration import calibrate
     from onnxq.report import Report
-    from onnxq.workflow import compare, inspect, load, optimize
+    from onnxq.workflow import compare, inspect, optimize
 
 _HOMES = {
     "core": ("Fixpoint", "Note", "Pass", "Pipeline", "Skip", "rewrites"),
     "data": ("Samples", "open_samples"),
+    "loading": ("load",),
     "errors": ("BudgetError", "DataError", "ModelError", "OnnxqError", "RecipeError"),
     "model": ("Model",),
     "precalibration": ("calibrate",),
     "report": ("Report",),
-    "workflow": ("compare", "inspect", "load", "optimize"),
+    "workflow": ("compare", "inspect", "optimize"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -14,11 +14,13 @@ from onnxq.core import Note
 from onnxq.data import Spec
 from onnxq.errors import BudgetError, RecipeError
 from onnxq.files import check_writable
+from onnxq.loading import ModelLike, PathLike, load, name_of
+from onnxq.preconditions import blames_the_model, require_outputs
 from onnxq.recipes import load_recipe, plan, wants
 from onnxq.report import SCHEMA, print_rows, to_json
 from onnxq.statistics import Histogram, MinMax, Statistic
 from onnxq.targets import load_target
-from onnxq.workflow import Job, ModelLike, PathLike, Progress, load, name_of, opened, split, why_not
+from onnxq.workflow import Job, Progress, opened, split, why_not
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -77,9 +79,13 @@ def calibrate(
     chosen, aim = load_recipe(recipe), load_target(target)
     if not wants(chosen, "calibration"):
         raise RecipeError(f"recipe {chosen.name} has no pass that calibrates; try --recipe int8")
-    samples = opened(data, edited, job)
-    fitting, _ = split(samples)
-    with tempfile.TemporaryDirectory(prefix="onnxq-") as folder:
+    require_outputs(edited, name_of(model))
+    with (
+        blames_the_model(model, name_of(model), chosen.name),
+        tempfile.TemporaryDirectory(prefix="onnxq-") as folder,
+    ):
+        samples = opened(data, edited, job)
+        fitting, _ = split(samples)
         file = Path(folder) / "calibration.npz"
         pipeline = plan(
             chosen, aim, fitting, calibration=file, progress=job.sample_progress(len(fitting))

@@ -8,12 +8,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from onnxq import runtime
-from onnxq.errors import BudgetError, ModelError, RecipeError, RefusedError
-from onnxq.files import check_writable
-from onnxq.model import Model
+import onnx
 
-PathLike = str | os.PathLike[str]
+from onnxq import runtime
+from onnxq.errors import BudgetError, ModelError, OnnxqError, RecipeError, RefusedError
+from onnxq.files import check_writable
+from onnxq.loading import ModelLike, PathLike, load
+from onnxq.model import Model
 
 
 def require_budget(min_sqnr: float | None, *, validate: bool | None) -> None:
@@ -53,24 +54,51 @@ def _is_same(path: object, other: Path) -> bool:
     return os.path.exists(path) and other.exists() and other.samefile(path)
 
 
+def require_outputs(model: Model, name: str) -> None:
+    """Raise ModelError for a model that computes nothing."""
+    if not model.graph.outputs:
+        raise ModelError(f"{name}: has no outputs, it computes nothing; export it again")
+
+
+def too_large_to_compare(model: Model) -> str | None:
+    """Why not to compare where the recipe does not run the model, and nobody asked for it."""
+    size = sum(model.weight_sizes())
+    if size <= runtime.LARGE:
+        return None
+    return f"both in memory take some {3 * size / 1e9:.1f} GB; --validate does it"
+
+
 @contextmanager
-def told_what_runs(recipe: str) -> Iterator[None]:
-    """A model that onnxruntime does not take is told what can be done without running it."""
+def blames_the_model(original: ModelLike, name: str, recipe: str | None) -> Iterator[None]:
+    """Let errors tell what is wrong with the model, if it is the model.
+
+    A pass may stumble over what the standard does not allow; onnxruntime may not take the model.
+    recipe: the one that has to run it; None where it need not be run. Raises ModelError.
+    """
     try:
         yield
-    except RefusedError as e:
-        raise ModelError(
-            f"{e}; recipe {recipe} has to run the model, --recipe cleanup can do without"
-        ) from e
+    except Exception as e:
+        is_refused = isinstance(e, RefusedError)
+        if isinstance(e, OnnxqError | OSError | MemoryError) and not is_refused:
+            raise
+        if reason := what_is_invalid(original):
+            raise ModelError(f"{name}: not a valid model: {reason}; export it again") from e
+        if is_refused and recipe is not None:
+            raise ModelError(
+                f"{e}; recipe {recipe} has to run the model, --recipe cleanup can do without"
+            ) from e
+        raise
 
 
-def why_not_compared(original: runtime.Source, edited: Model) -> str | None:
-    """Why not to compare where nobody asked for it and the recipe itself does not run the model."""
-    size = sum(edited.weight_sizes())
-    if size > runtime.LARGE:
-        return f"both models in memory take some {3 * size / 1e9:.1f} GB; --validate does it"
+def what_is_invalid(source: ModelLike) -> str | None:
+    """What the checker has against a model; None if nothing, or if it is too large to say."""
     try:
-        runtime.session(original)
-    except RefusedError as e:
-        return str(e)
+        model = load(source)
+        if sum(model.weight_sizes()) > runtime.LARGE:
+            return None
+        onnx.checker.check_model(model.to_proto())
+    except onnx.checker.ValidationError as e:
+        return runtime.one_line(e)
+    except ModelError:
+        return None
     return None

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from onnxq.data import Samples, Spec, open_samples
+from onnxq.loading import ModelLike, load
 from onnxq.recipes import load_recipe, plan, wants
 from onnxq.report import SCHEMA, to_json
 from onnxq.synthetic import synthetic_samples
 from onnxq.targets import load_target
-from onnxq.workflow import NO_SAMPLES, SYNTHETIC, ModelLike, load
+from onnxq.workflow import NO_SAMPLES, SYNTHETIC
 
 if TYPE_CHECKING:
     from rich.console import Console

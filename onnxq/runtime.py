@@ -49,7 +49,7 @@ def session(model: Source, *, optimize: Level = "all", threads: int | None = Non
             return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         except Exception as e:  # onnxruntime's exceptions share no base but Exception
             where = source if isinstance(source, str) else "the model"
-            raise RefusedError(f"onnxruntime cannot load {where}: {one_line(e)}") from e
+            raise RefusedError(f"onnxruntime cannot load {where}: {_reason(e)}") from e
 
     if isinstance(model, onnx.ModelProto) and model.ByteSize() > LARGE:
         model = Model.from_proto(model)  # it does not fit into one string of bytes
@@ -63,6 +63,11 @@ def session(model: Source, *, optimize: Level = "all", threads: int | None = Non
     if isinstance(model, onnx.ModelProto):
         return made(model.SerializeToString())
     return made(model if isinstance(model, bytes) else os.fspath(model))
+
+
+def _reason(error: BaseException) -> str:
+    """What onnxruntime says, without the number and name of its error."""
+    return one_line(error).removeprefix("[ONNXRuntimeError] : ").split(" : ", 2)[-1]
 
 
 def run(session: Any, feed: Mapping[str, Any]) -> dict[str, Any]:

@@ -118,7 +118,9 @@ class Stored(LazyValues):  # type: ignore[misc]
         try:
             values = self._values()
         except (ValueError, TypeError) as e:
-            raise ModelError(f"tensor {self.tensor.name!r}: its data do not fit its shape") from e
+            raise ModelError(
+                f"tensor {self.tensor.name!r}: its data do not fit its shape; export it again"
+            ) from e
         values.flags.writeable = False
         return values
 
@@ -206,7 +208,9 @@ class StoredSparse(LazyValues):  # type: ignore[misc]
                 out[tuple(indices.T)] = values
         except (ValueError, IndexError, TypeError) as e:
             name = self.tensor.values.name
-            raise ModelError(f"sparse tensor {name!r}: its data do not fit its shape") from e
+            raise ModelError(
+                f"sparse tensor {name!r}: its data do not fit its shape; export it again"
+            ) from e
         out.flags.writeable = False
         return out
 

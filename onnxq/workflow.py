@@ -7,7 +7,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,16 +20,19 @@ from onnxq import runtime
 from onnxq.core import Note, Pass
 from onnxq.coverage import coverage
 from onnxq.data import Samples, Spec, open_samples
-from onnxq.errors import BudgetError, ModelError
+from onnxq.errors import BudgetError, DataError, ModelError, RefusedError
+from onnxq.loading import ModelLike, PathLike, load, name_of, size_of
 from onnxq.model import Model
 from onnxq.passes.placement import place
 from onnxq.passes.sensitive import graph_rules
 from onnxq.passes.work import macs
 from onnxq.preconditions import (
+    blames_the_model,
     check_output,
     require_budget,
-    told_what_runs,
-    why_not_compared,
+    require_outputs,
+    too_large_to_compare,
+    what_is_invalid,
 )
 from onnxq.recipes import Recipe, load_recipe, plan, wants
 from onnxq.report import Comparison, Inspection, Report
@@ -38,8 +41,6 @@ from onnxq.targets import load_target
 from onnxq.validation import compare as compare_outputs
 from onnxq.validation import layer_fidelity
 
-PathLike = str | os.PathLike[str]
-ModelLike = PathLike | Model | onnx.ModelProto
 Progress = Callable[[str, int, int], None]  # stage, done, total
 
 SYNTHETIC = 32  # samples drawn when there is no data
@@ -53,16 +54,6 @@ INTEGER = frozenset(
 )
 """Operators that only a quantized model has."""
 INVALID = (onnx.checker.ValidationError, onnx.shape_inference.InferenceError)
-
-
-def load(model: ModelLike) -> Model:
-    """Load a model from a file, or wrap one that is in memory.
-
-    Raises ModelError when it is not a model that can be read.
-    """
-    if isinstance(model, Model):
-        return model
-    return Model.from_proto(model) if isinstance(model, onnx.ModelProto) else Model.load(model)
 
 
 def optimize(
@@ -98,17 +89,18 @@ def optimize(
         chosen, aim = load_recipe(recipe), load_target(target)
         if output is not None and not dry_run:
             check_output(model, edited, output, (data, calibration))
-        before = _size(original, edited), len(edited.nodes()), edited.opset
+        require_outputs(edited, name_of(model))
+        before = size_of(original, edited), len(edited.nodes()), edited.opset
         fits = wants(chosen, "samples")
-        compared = validate is not False and (validate is True or fits or min_sqnr is not None)
-        if validate is None and not compared:
-            reason = why_not_compared(original, edited)
-            job.warnings += [] if reason is None else [f"not compared with the original: {reason}"]
-            compared = reason is None
+        asked = bool(validate) or min_sqnr is not None
     path = None if calibration is None else Path(calibration)
-    with told_what_runs(chosen.name) if fits else nullcontext():
+    with blames_the_model(original, name_of(model), chosen.name if fits else None):
         with job.stage("load"):
-            samples = opened(data, edited, job, warn=fits) if fits or compared else NO_SAMPLES
+            samples = NO_SAMPLES
+            if fits or asked:
+                samples = opened(data, edited, job, warn=fits)
+            elif validate is None:
+                samples = _to_compare(original, edited, data, job)
             fitting, held = split(samples)
         pipeline = plan(
             chosen, aim, fitting, calibration=path, progress=job.sample_progress(len(fitting))
@@ -120,7 +112,7 @@ def optimize(
     if not allow_unchanged and any(name.startswith("quantize") for name in chosen.passes):
         _require_quantized(notes, edited)
     fidelity = timing = None
-    if compared:
+    if validate is not False and len(held):
         with job.stage("validate"):
             _check(edited, original)
             fidelity = compare_outputs(
@@ -136,7 +128,7 @@ def optimize(
         size = (
             _written(edited, output)
             if output is not None and not dry_run
-            else _size(edited, edited)
+            else size_of(edited, edited)
         )
     return Report(
         model=name_of(model),
@@ -197,6 +189,26 @@ def opened(data: Spec | None, model: Model, job: Job, *, warn: bool = True) -> S
             "give real ones before you deploy"
         )
     return synthetic_samples(model, SYNTHETIC)
+
+
+def _to_compare(original: ModelLike, edited: Model, data: Spec | None, job: Job) -> Samples:
+    """Samples to compare on where the recipe needs none; with a warning none, if that cannot be."""
+    reason = too_large_to_compare(edited)
+    if reason is None:
+        try:
+            if data is not None:  # synthetic samples are tried in a session, too
+                runtime.session(original)
+            return opened(data, edited, job, warn=False)
+        except RefusedError as e:
+            if what_is_invalid(original):
+                raise
+            reason = str(e)
+        except DataError as e:
+            if data is not None:
+                raise
+            reason = str(e)
+    job.warnings.append(f"not compared with the original: {reason}")
+    return NO_SAMPLES
 
 
 def _used(samples: Samples, fitting: Samples, recipe: Recipe) -> str:
@@ -280,20 +292,6 @@ def _written(model: Model, output: PathLike) -> int:
     return path.stat().st_size + (
         data.stat().st_size if model.has_data_file and data.exists() else 0
     )
-
-
-def _size(model: ModelLike, loaded: Model) -> int:
-    if isinstance(model, str | os.PathLike):
-        files = (Path(model), *loaded.data_files())
-        return sum(file.stat().st_size for file in files)
-    if isinstance(model, Model):
-        total = sum(model.weight_sizes())
-        return total if total > runtime.LARGE else model.to_proto().ByteSize()
-    return int(model.ByteSize())
-
-
-def name_of(model: ModelLike) -> str:
-    return os.fspath(model) if isinstance(model, str | os.PathLike) else "model in memory"
 
 
 def inspect(model: ModelLike, *, target: str = "ort-cpu") -> Inspection:

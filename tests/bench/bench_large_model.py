@@ -4,8 +4,8 @@
 
 The model is a chain of layers with external data: MatMul, and behind every second one a Mul by
 constants that clean-up folds into the weight; an Identity, and the last weight is the first one
-again. It is made in a temporary folder, which is deleted afterwards. `command_*`: `onnxq optimize large.onnx out.onnx
---recipe cleanup` as a process of its own.
+again. It is made in a temporary folder, which is deleted afterwards. `command_*` is `onnxq optimize
+large.onnx clean.onnx --recipe cleanup` as a process of its own.
 """
 
 import json
