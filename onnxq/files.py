@@ -214,6 +214,13 @@ def read_model(path: Path) -> onnx.ModelProto:
             f"{path}: not an ONNX model, or cut short; download or export it again"
         ) from e
     check_model(proto, str(path))
+    for entry in proto.opset_import:
+        newest = onnx.defs.onnx_opset_version()
+        if entry.domain in ("", "ai.onnx") and entry.version > newest:
+            raise ModelError(
+                f"{path}: opset {entry.version} is newer than onnx {onnx.__version__} knows "
+                f"({newest}); install a newer onnx"
+            )
     return proto
 
 
@@ -225,13 +232,6 @@ def check_model(proto: onnx.ModelProto, where: str) -> None:
     if not proto.HasField("graph") or not proto.opset_import:
         missing = "opset_import" if proto.HasField("graph") else "graph"
         raise ModelError(f"{where}: not an ONNX model (no {missing}); export it again")
-    for entry in proto.opset_import:
-        newest = onnx.defs.onnx_opset_version()
-        if entry.domain in ("", "ai.onnx") and entry.version > newest:
-            raise ModelError(
-                f"{where}: opset {entry.version} is newer than onnx {onnx.__version__} knows "
-                f"({newest}); install a newer onnx"
-            )
     if proto.ir_version > onnx.IR_VERSION:
         raise ModelError(
             f"{where}: IR version {proto.ir_version} is newer than onnx {onnx.__version__} knows "

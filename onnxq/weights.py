@@ -25,6 +25,8 @@ from onnxq.files import DataFile, DataFolder
 Values = Any
 """What a gs.Constant holds: an array, or a LazyValues such as `Stored`."""
 
+UNFIT = "its data do not fit its shape; export the model again"
+
 SMALL = 1024
 """Bytes below which a constant is always written into the model file itself."""
 
@@ -118,9 +120,7 @@ class Stored(LazyValues):  # type: ignore[misc]
         try:
             values = self._values()
         except (ValueError, TypeError) as e:
-            raise ModelError(
-                f"tensor {self.tensor.name!r}: its data do not fit its shape; export it again"
-            ) from e
+            raise ModelError(f"tensor {self.tensor.name!r}: {UNFIT}") from e
         values.flags.writeable = False
         return values
 
@@ -208,9 +208,7 @@ class StoredSparse(LazyValues):  # type: ignore[misc]
                 out[tuple(indices.T)] = values
         except (ValueError, IndexError, TypeError) as e:
             name = self.tensor.values.name
-            raise ModelError(
-                f"sparse tensor {name!r}: its data do not fit its shape; export it again"
-            ) from e
+            raise ModelError(f"sparse tensor {name!r}: {UNFIT}") from e
         out.flags.writeable = False
         return out
 
