@@ -149,8 +149,7 @@ def _mode_of(target: Path) -> int | None:
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     if not target.is_file():  # /dev/null would be replaced by a plain file
         raise OSError(errno.EINVAL, "not a regular file")
-    if not os.access(target, os.W_OK):  # a rename would not ask
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    os.close(os.open(target, os.O_WRONLY))  # a rename would not ask
     return stat.S_IMODE(target.stat().st_mode)
 
 

@@ -446,7 +446,9 @@ def sort(graph: gs.Graph) -> None:
             open_nodes.discard(i)
         else:
             if open_nodes.intersection(missing) or i in missing:
-                raise ModelError(f"the graph has a cycle through node {graph.nodes[i].name!r}")
+                raise ModelError(
+                    f"the graph has a cycle through node {graph.nodes[i].name!r}; export it again"
+                )
             open_nodes.add(i)
             stack += missing
     graph.nodes[:] = [graph.nodes[i] for i in order]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from onnxq.cli.completing import complete_recipe, complete_target
+from onnxq.cli.group import stopped
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -86,6 +87,8 @@ def errors(*, debug: bool) -> Iterator[None]:
         yield
     except (click.exceptions.Exit, click.ClickException):
         raise
+    except KeyboardInterrupt as e:  # click would print an empty line, and exit with 1
+        stopped(e)
     except Exception as e:
         if debug:
             raise
