@@ -101,7 +101,7 @@ def _recipe(name: str, description: Any, passes: Any, options: dict[str, Any]) -
             )
         if not isinstance(value, dict):
             raise RecipeError(f"{key} is a pass: its options go under [{toml(key)}]")
-    return Recipe(name, description, tuple(passes), options)
+    return Recipe(name, description, tuple(passes), {k: v for k, v in options.items() if v})
 
 
 def plan(
