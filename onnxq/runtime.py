@@ -46,7 +46,9 @@ def session(model: Source, *, optimize: Level = "all", threads: int | None = Non
 
     def made(source: bytes | str) -> Any:
         try:
-            return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+            return ort.InferenceSession(
+                source, options, providers=["CPUExecutionProvider"], enable_fallback=0
+            )
         except Exception as e:  # onnxruntime's exceptions share no base but Exception
             where = source if isinstance(source, str) else "the model"
             raise RefusedError(f"onnxruntime cannot load {where}: {_reason(e)}") from e

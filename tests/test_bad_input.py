@@ -162,6 +162,32 @@ def test_models_that_are_not_valid(
     refused(run("optimize", model, place, "--recipe", recipe), 2, reason, "export")
 
 
+def test_a_pass_that_stumbles_over_an_invalid_model(tmp_path: Path, place: Path) -> None:
+    """Nothing has looked at the model before the pass does: it is not run."""
+    text = '<ir_version: 8, opset_import: ["": 11]> g '
+    text += "(float[1, 2] x) => (float[2, 1] y) { z = Transpose <perm = 1.0> (x)  y = Relu (z) }"
+    done = run(
+        "optimize", written(tmp_path / "m.onnx", text), place, "--recipe", "cleanup",
+        "--no-validate",
+    )  # fmt: skip
+    refused(done, 2, "m.onnx: not a valid model: Mismatched attribute type", "export it again")
+
+
+def test_a_bug_of_ones_own_pass_is_no_fault_of_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "buggy.py").write_text(
+        "from onnxq import rewrites\n@rewrites()\ndef fail(model, node): return 1 / 0"
+    )
+    (tmp_path / "r.toml").write_text('description = "x"\npasses = ["buggy:fail"]')
+    done = run("optimize", MODEL, place, "--recipe", "r.toml")
+    assert done.exit_code == 70
+    assert "onnxq: bug: ZeroDivisionError: division by zero; run with --debug" in done.stderr
+    done = run("optimize", MODEL, place, "--recipe", "r.toml", "--debug")
+    assert isinstance(done.exception, ZeroDivisionError)
+
+
 def test_an_opset_from_the_future(tmp_path: Path, place: Path) -> None:
     text = '<ir_version: 8, opset_import: ["": 99]> g (float[2] x) => (float[2] y) { y = Relu (x) }'
     model = written(tmp_path / "m.onnx", text)
