@@ -15,18 +15,22 @@ if TYPE_CHECKING:
     from onnxq.data import ImageOptions, Samples, open_samples
     from onnxq.errors import BudgetError, DataError, ModelError, OnnxqError, RecipeError
     from onnxq.lint import check
+    from onnxq.loading import load
     from onnxq.model import Model
+    from onnxq.precalibration import calibrate
     from onnxq.report import Report
-    from onnxq.workflow import compare, inspect, load, optimize
+    from onnxq.workflow import compare, inspect, optimize
 
 _HOMES = {
     "core": ("Fixpoint", "Note", "Pass", "Pipeline", "Skip", "rewrites"),
     "data": ("ImageOptions", "Samples", "open_samples"),
+    "loading": ("load",),
     "errors": ("BudgetError", "DataError", "ModelError", "OnnxqError", "RecipeError"),
     "lint": ("check",),
     "model": ("Model",),
+    "precalibration": ("calibrate",),
     "report": ("Report",),
-    "workflow": ("compare", "inspect", "load", "optimize"),
+    "workflow": ("compare", "inspect", "optimize"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -45,6 +49,7 @@ __all__ = [
     "Report",
     "Samples",
     "Skip",
+    "calibrate",
     "check",
     "compare",
     "inspect",

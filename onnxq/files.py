@@ -6,12 +6,16 @@ import errno
 import mmap
 import os
 import secrets
+import signal
 import stat
+import tempfile
+import threading
+import time
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import onnx
@@ -27,6 +31,10 @@ CHUNK = 1 << 24
 """Bytes copied at a time from one data file to another."""
 
 
+LEFTOVER_SECONDS = 86400
+"""Age at which nobody writes to a temporary file any more."""
+
+
 @contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Write a file so that `path` holds its old content, or all of the new one, never a part.
@@ -37,26 +45,100 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
     Raises ModelError, one line, when the file cannot be written.
     """
-    target = Path(path)
-    temporary = target.parent / f".onnxq-{secrets.token_hex(8)}.tmp"
-    try:
-        mode = _mode_of(target)
-        with _create(temporary) as file:
-            yield file
-            file.flush()
-            if mode is not None:
-                os.chmod(file.fileno(), mode)
-            os.fsync(file.fileno())
-            if not temporary.exists():
-                _give_name(file.fileno(), temporary)
-        os.replace(temporary, target)
-        _sync_folder(target.parent)
-    except OSError as e:
-        reason = e.strerror or str(e)
-        raise ModelError(f"{target}: cannot be written ({reason}); choose another output") from e
-    finally:
+    with atomic_writes(path) as (file,):
+        yield file
+
+
+@contextmanager
+def atomic_writes(*paths: str | os.PathLike[str]) -> Iterator[tuple[BinaryIO, ...]]:
+    """Write several files, as `atomic_write` does one: all are complete before any takes its name.
+
+    They take their names in the order of `paths`, and no signal comes between.
+    """
+    with ExitStack() as stack:
+        drafts = [stack.enter_context(_Draft(Path(path))) for path in reversed(paths)][::-1]
+        yield tuple(draft.file for draft in drafts)
+        for draft in drafts:
+            draft.complete()
+        with _undisturbed():
+            for draft in drafts:
+                draft.commit()
+
+
+class _Draft:
+    """A temporary file on its way to become `target`; all that fails is told as ModelError."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+        self.temporary = target.parent / f".onnxq-{secrets.token_hex(8)}.tmp"
+        with self._told():
+            self.mode = _mode_of(target)
+            self.file = _create(self.temporary)
+
+    def __enter__(self) -> _Draft:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         with suppress(OSError):
-            temporary.unlink()
+            self.file.close()
+        with suppress(OSError):
+            self.temporary.unlink()
+        if isinstance(error, OSError):
+            with self._told():
+                raise error
+
+    def complete(self) -> None:
+        """Bring all bytes to the disk, under the temporary name."""
+        with self._told():
+            self.file.flush()
+            if self.mode is not None:
+                os.chmod(self.file.fileno(), self.mode)
+            os.fsync(self.file.fileno())
+            if not self.temporary.exists():
+                _give_name(self.file.fileno(), self.temporary)
+            self.file.close()
+
+    def commit(self) -> None:
+        """Take the place of the target."""
+        with self._told():
+            os.replace(self.temporary, self.target)
+            _sync_folder(self.target.parent)
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as e:
+            reason = e.strerror or str(e)
+            raise ModelError(
+                f"{self.target}: cannot be written ({reason}); choose another output"
+            ) from e
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Raise ModelError now if `atomic_write` could not even begin."""
+    with _Draft(Path(path)):
+        pass
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Hold back SIGINT and SIGTERM; their handlers run in the main thread, and would raise."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    late: list[int] = []
+    before = {
+        number: signal.signal(number, lambda got, frame: late.append(got))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for got in late:
+            signal.raise_signal(got)
 
 
 def _mode_of(target: Path) -> int | None:
@@ -67,8 +149,7 @@ def _mode_of(target: Path) -> int | None:
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     if not target.is_file():  # /dev/null would be replaced by a plain file
         raise OSError(errno.EINVAL, "not a regular file")
-    if not os.access(target, os.W_OK):  # a rename would not ask
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    os.close(os.open(target, os.O_WRONLY))  # a rename would not ask
     return stat.S_IMODE(target.stat().st_mode)
 
 
@@ -78,8 +159,17 @@ def _create(temporary: Path) -> BinaryIO:
     if unnamed is not None and Path("/proc/self/fd").is_dir():
         with suppress(OSError):
             return os.fdopen(os.open(temporary.parent, unnamed | os.O_RDWR, 0o666), "wb")
+    _remove_leftovers(temporary.parent)
     flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | getattr(os, "O_BINARY", 0)
     return os.fdopen(os.open(temporary, flags, 0o666), "wb")
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what killed runs left behind, of files that have a name: a day old, to be sure."""
+    for old in folder.glob(".onnxq-*.tmp"):
+        with suppress(OSError):
+            if time.time() - old.stat().st_mtime > LEFTOVER_SECONDS:
+                old.unlink()
 
 
 def _give_name(descriptor: int, name: Path) -> None:
@@ -123,6 +213,13 @@ def read_model(path: Path) -> onnx.ModelProto:
             f"{path}: not an ONNX model, or cut short; download or export it again"
         ) from e
     check_model(proto, str(path))
+    for entry in proto.opset_import:
+        newest = onnx.defs.onnx_opset_version()
+        if entry.domain in ("", "ai.onnx") and entry.version > newest:
+            raise ModelError(
+                f"{path}: opset {entry.version} is newer than onnx {onnx.__version__} knows "
+                f"({newest}); install a newer onnx"
+            )
     return proto
 
 
@@ -148,9 +245,9 @@ class DataFile:
     place. Not all can be kept: some exporters write one file a tensor, systems limit open files.
     """
 
-    def __init__(self, path: Path, *, keep: bool) -> None:
+    def __init__(self, path: Path, *, keep: bool, flags: int = 0) -> None:
         self.path = path
-        descriptor = os.open(path, _READ)
+        descriptor = os.open(path, _READ | flags)
         self.size = os.fstat(descriptor).st_size
         self._identity = _identity(descriptor)
         self._descriptor: int | None = None
@@ -159,6 +256,26 @@ class DataFile:
             weakref.finalize(self, os.close, descriptor)
         else:
             os.close(descriptor)
+
+    @classmethod
+    def unnamed(cls) -> DataFile:
+        """A new file to append to, that goes with this value. Raises OSError."""
+        descriptor, name = tempfile.mkstemp(prefix="onnxq-")
+        try:
+            return cls(Path(name), keep=True, flags=os.O_RDWR)
+        finally:
+            os.close(descriptor)
+            os.unlink(name)
+
+    def append(self, data: Any) -> int:
+        """Write bytes at the end; return where that was. Raises OSError."""
+        assert self._descriptor is not None
+        offset = -(-self.size // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
+        view, done = memoryview(data), 0
+        while done < len(view):
+            done += os.pwrite(self._descriptor, view[done : done + CHUNK], offset + done)
+        self.size = offset + done
+        return offset
 
     @contextmanager
     def _open(self) -> Iterator[int]:

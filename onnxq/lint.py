@@ -20,6 +20,7 @@ from onnxq.numerics.saturation import excess
 from onnxq.operands import Operand, clamp_behind, dequantized, operand, parameters, results, roles
 from onnxq.passes.ops import OPS, activation_inputs, kernel_rows, weight_axis
 from onnxq.schemes import FORMATS, PerChannel, QuantScheme
+from onnxq.serialization import op_type_of
 from onnxq.targets import Target, load_target
 
 INTEGER_OPS = frozenset(
@@ -106,7 +107,7 @@ class _Lint:
     def operator(self, node: gs.Node) -> Iterator[Finding]:
         """Domains and operators that nobody knows; weights that are unpacked at load."""
         domain = "" if node.domain in (None, "ai.onnx") else str(node.domain)
-        if (domain, node.op) in self.functions:
+        if (domain, op_type_of(node)) in self.functions:
             return
         if domain not in self.target.domains:
             yield self.found("domains", node, f"{self.target.name} does not know domain {domain!r}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections import ChainMap
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -20,7 +19,7 @@ from onnx.inliner import inline_local_functions
 from onnx_graphsurgeon.logger import G_LOGGER
 
 from onnxq.errors import ModelError
-from onnxq.files import PROTOBUF_LIMIT, DataFolder, atomic_write, check_model, read_model
+from onnxq.files import PROTOBUF_LIMIT, DataFolder, atomic_writes, check_model, read_model
 from onnxq.opsets import align_functions, carry, convert
 from onnxq.serialization import (
     DEFAULT_DOMAIN,
@@ -37,11 +36,14 @@ from onnxq.shapes import Merge, fill, known_shapes, same_types, symbols, take_ty
 from onnxq.sweeping import sweep
 from onnxq.weights import (
     SMALL,
+    SPILLED,
     DataWriter,
     Fetch,
     Placeholders,
     Put,
+    Scratch,
     Stored,
+    Weight,
     bytes_in,
     inline,
     values_in,
@@ -72,6 +74,7 @@ class Model:
     has_data_file: bool = field(default=False, repr=False)
     _counts: dict[str, int] = field(default_factory=dict, repr=False)
     _walked: list[gs.Graph] = field(default_factory=list, repr=False)
+    _scratch: Scratch = field(default_factory=Scratch, repr=False)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Model:
@@ -207,20 +210,23 @@ class Model:
         Raises ModelError, one line, when the files cannot be written.
         """
         target = Path(path)
-        with ExitStack() as files:
-            file = files.enter_context(atomic_write(target))
-            put: Put = inline
-            if self._wants_data_file():
-                beside = target.with_name(f"{target.name}.data")
-                put = DataWriter(files.enter_context(atomic_write(beside)), beside.name)
+        beside = target.with_name(f"{target.name}.data")
+        paths = [beside, target] if self.wants_data_file() else [target]
+        with atomic_writes(*paths) as (*data, file):
+            put: Put = DataWriter(data[0], beside.name) if data else inline
             try:
                 file.write(self._export(put).SerializeToString(deterministic=True))
             except (ValueError, EncodeError) as e:
                 raise ModelError(f"{target}: cannot be written ({e})") from e
-            file.flush()
-            os.fsync(file.fileno())
 
-    def _wants_data_file(self) -> bool:
+    def data_files(self) -> set[Path]:
+        """The data files that weights are still read from."""
+        constants = chain(*place(self.graph).values())
+        held = (c._values for c in constants)
+        return {v.file.path for v in held if isinstance(v, Stored) and v.file is not None}
+
+    def wants_data_file(self) -> bool:
+        """Whether `save` writes a data file beside the model."""
         sizes = self.weight_sizes()
         return sum(sizes) > EXTERNAL_ABOVE or (
             self.has_data_file and max(sizes, default=0) >= SMALL
@@ -364,7 +370,10 @@ class Model:
 
     def constant(self, name: str, values: NDArray[Any]) -> gs.Constant:
         """A new initializer; the name is made unique."""
-        return gs.Constant(self.unique(name), np.asarray(values))
+        array = np.asarray(values)
+        if self.has_data_file and array.nbytes >= SPILLED:
+            return Weight(self.unique(name), self._scratch.put(array))
+        return gs.Constant(self.unique(name), array)
 
     def emit(
         self,

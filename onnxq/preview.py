@@ -6,11 +6,12 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from onnxq.data import ImageOptions, Spec
+from onnxq.loading import ModelLike, load
 from onnxq.plausibility import SeenInput, first, found, look
-from onnxq.recipes import load_recipe, plan
+from onnxq.recipes import load_recipe, plan, wants
 from onnxq.report import SCHEMA, to_json
+from onnxq.sampling import NO_SAMPLES, samples_for
 from onnxq.targets import load_target
-from onnxq.workflow import ModelLike, load, samples_for
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -62,12 +63,14 @@ def preview(
     Raises OnnxqError as `optimize` does for files, samples and names that cannot be used.
     """
     loaded, chosen, aim = load(model), load_recipe(recipe), load_target(target)
-    samples = samples_for(loaded, data, images)
+    samples = NO_SAMPLES
+    if data is not None or images is not None or wants(chosen, "samples"):
+        samples = samples_for(loaded, data, images)
     pipeline = plan(chosen, aim, samples)
     feeds = first(samples)
     warnings = () if samples.synthetic else tuple(found(loaded, feeds))
     told = tuple(_told(p) for p in pipeline.passes)
-    return Preview(told, samples.description, look(feeds), warnings)
+    return Preview(told, samples.description, look(feeds) if feeds else (), warnings)
 
 
 def _told(pass_: object) -> str:

@@ -111,12 +111,12 @@ class Report:
             )
         if self.fidelity is not None:
             rows += fidelity_rows(self.fidelity, self.validated_on)
-        _print_rows(console, rows)
+        print_rows(console, rows)
 
     def _print_notes(self, console: Console) -> None:
         done = Counter(note.rule for note in self.notes if note.changed)
         listed = ", ".join(f"{rule} {count}" for rule, count in done.items())
-        _print_rows(console, [("passes", listed or "nothing was changed")])
+        print_rows(console, [("passes", listed or "nothing was changed")])
 
     def _print_floats(self, console: Console) -> None:
         layers = sorted(self.float_layers(), key=lambda layer: -layer["share"])
@@ -169,7 +169,7 @@ class Inspection:
         if self.functions:
             rows.append(("functions", ", ".join(self.functions)))
         console.print(self.model)
-        _print_rows(console, rows)
+        print_rows(console, rows)
         console.print(f"{self.target} could run {len(self.quantizable)} nodes in integers")
         for note in self.notes[:SHOWN]:
             console.print(f"  float: {note.node}: {note.text}")
@@ -192,7 +192,7 @@ class Comparison:
     def print_to(self, console: Console) -> None:
         """Print the comparison for people."""
         console.print(f"{self.original} against {self.result}")
-        _print_rows(console, fidelity_rows(self.fidelity, f"{self.fidelity.samples} samples"))
+        print_rows(console, fidelity_rows(self.fidelity, f"{self.fidelity.samples} samples"))
         if self.layers:
             console.print("layers, worst first (signal to noise)")
         for layer in self.layers[:SHOWN]:
@@ -230,7 +230,8 @@ def rendered(print_to: Any, width: int = 100) -> str:
     return stream.getvalue()
 
 
-def _print_rows(console: Console, rows: Iterable[tuple[str, str]]) -> None:
+def print_rows(console: Console, rows: Iterable[tuple[str, str]]) -> None:
+    """Print names and what belongs to them, in two columns."""
     from rich.table import Table
 
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 2))

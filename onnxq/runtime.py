@@ -18,7 +18,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from onnxq.errors import ModelError
+from onnxq.errors import ModelError, RefusedError
 from onnxq.model import Model
 
 Source = Model | onnx.ModelProto | bytes | str | os.PathLike[str]
@@ -29,7 +29,7 @@ LARGE = 1 << 30  # bytes of weights above which a model goes to onnxruntime thro
 def session(model: Source, *, optimize: Level = "all", threads: int | None = None) -> Any:
     """Make an onnxruntime session on the CPU; only errors are logged.
 
-    threads: for one operator (None: onnxruntime's own choice, all cores). Raises ModelError when
+    threads: for one operator (None: onnxruntime's own choice, all cores). Raises RefusedError when
     onnxruntime does not take the model.
     """
     import onnxruntime as ort
@@ -48,10 +48,12 @@ def session(model: Source, *, optimize: Level = "all", threads: int | None = Non
 
     def made(source: bytes | str) -> Any:
         try:
-            return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+            return ort.InferenceSession(
+                source, options, providers=["CPUExecutionProvider"], enable_fallback=0
+            )
         except Exception as e:  # onnxruntime's exceptions share no base but Exception
             where = source if isinstance(source, str) else "the model"
-            raise ModelError(f"onnxruntime cannot load {where}: {one_line(e)}") from e
+            raise RefusedError(f"onnxruntime cannot load {where}: {_reason(e)}") from e
 
     if isinstance(model, onnx.ModelProto) and model.ByteSize() > LARGE:
         model = Model.from_proto(model)  # it does not fit into one string of bytes
@@ -65,6 +67,11 @@ def session(model: Source, *, optimize: Level = "all", threads: int | None = Non
     if isinstance(model, onnx.ModelProto):
         return made(model.SerializeToString())
     return made(model if isinstance(model, bytes) else os.fspath(model))
+
+
+def _reason(error: BaseException) -> str:
+    """What onnxruntime says, without the number and name of its error."""
+    return one_line(error).removeprefix("[ONNXRuntimeError] : ").split(" : ", 2)[-1]
 
 
 CONVERTER = "onnxruntime.tools.convert_onnx_models_to_ort"

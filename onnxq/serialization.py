@@ -33,6 +33,26 @@ from onnxq.weights import (
 DEFAULT_DOMAIN = (None, "", "ai.onnx")
 
 
+SAME_MEANING = ("QuantizeLinear", "DequantizeLinear")
+"""Operators of com.microsoft that do what the standard's do (they took 16 bits before it did)."""
+
+
+def op_of(domain: str, op_type: str) -> str:
+    """The operator's name as nodes have it: never that of a standard one that it is not.
+
+    A foreign operator that is called Conv is "domain::Conv": no rule is to take it for the other.
+    """
+    if domain in DEFAULT_DOMAIN or not onnx.defs.has(op_type):
+        return op_type
+    is_same = domain == "com.microsoft" and op_type in SAME_MEANING
+    return op_type if is_same else f"{domain}::{op_type}"
+
+
+def op_type_of(node: gs.Node) -> str:
+    """The operator's name in its domain."""
+    return str(node.op).removeprefix(f"{node.domain}::")
+
+
 class Node(gs.Node):  # type: ignore[misc]
     """A gs.Node that equals only itself and can be in sets.
 
@@ -182,7 +202,7 @@ class Importer:
             return scope[name]
 
         node = Node(
-            proto.op_type,
+            op_of(proto.domain, proto.op_type),
             proto.name,
             {a.name: self._attribute(a, scope) for a in proto.attribute},
             [tensor(name) for name in proto.input],
@@ -285,7 +305,7 @@ class Exporter:
         origin = node.__dict__.get("origin", onnx.NodeProto())
         out.input.extend(t.name for t in node.inputs)
         out.output.extend(t.name for t in node.outputs)
-        out.op_type = node.op
+        out.op_type = op_type_of(node)
         if node.name:
             out.name = node.name
         if node.domain not in DEFAULT_DOMAIN:
@@ -446,7 +466,9 @@ def sort(graph: gs.Graph) -> None:
             open_nodes.discard(i)
         else:
             if open_nodes.intersection(missing) or i in missing:
-                raise ModelError(f"the graph has a cycle through node {graph.nodes[i].name!r}")
+                raise ModelError(
+                    f"the graph has a cycle through node {graph.nodes[i].name!r}; export it again"
+                )
             open_nodes.add(i)
             stack += missing
     graph.nodes[:] = [graph.nodes[i] for i in order]

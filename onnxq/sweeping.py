@@ -9,7 +9,7 @@ from itertools import chain
 
 import onnx_graphsurgeon as gs
 
-from onnxq.serialization import DEFAULT_DOMAIN, bodies_of, origin_of, sort, walk
+from onnxq.serialization import DEFAULT_DOMAIN, bodies_of, op_type_of, origin_of, sort, walk
 
 PURE_DOMAINS = (*DEFAULT_DOMAIN, "ai.onnx.ml", "com.microsoft")
 """Domains whose operators do nothing but compute their outputs."""
@@ -66,7 +66,7 @@ def _has_effects(node: gs.Node, functions: set[tuple[str, str]]) -> bool:
     """Whether the node may do more than compute outputs."""
     if not node.outputs:  # made without outputs, or detached by a pass?
         return "origin" in node.__dict__ and not node.origin.output
-    return node.domain not in PURE_DOMAINS and (node.domain, node.op) not in functions
+    return node.domain not in PURE_DOMAINS and (node.domain, op_type_of(node)) not in functions
 
 
 def _keep(nodes: list[gs.Node], live: set[int]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -16,12 +17,13 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from onnxq import runtime
-from onnxq.data import Feed, Samples
+from onnxq.data import Feed, Samples, describe
 from onnxq.errors import DataError
 from onnxq.model import Model, readers, values_of
 
 # Sizes tried for free axes, in turn: of images' sides first, then of sequences.
 SIZES = (64, 224, 32, 16, 128, 256, 512, 1, 4096, 16000)
+MOST = 1 << 28  # elements in one sample: two gigabytes while it is drawn
 PASSING = frozenset(
     [
         "Cast",
@@ -47,12 +49,16 @@ class Input:
     low: int = 0
     high: int = 2
 
-    def draw(self, rng: np.random.Generator, size: int) -> NDArray[Any]:
-        """One value; free axes get `size`, the first one 1."""
-        shape = [
+    def sides(self, size: int) -> list[int]:
+        """The shape where free axes get `size`, the first one 1."""
+        return [
             d if isinstance(d, int) else 1 if axis == 0 else size
             for axis, d in enumerate(self.shape)
         ]
+
+    def draw(self, rng: np.random.Generator, size: int) -> NDArray[Any]:
+        """One value; free axes get `size`."""
+        shape = self.sides(size)
         if self.dtype.kind == "f":
             return np.asarray(rng.normal(0, 1, shape), self.dtype)
         return np.asarray(rng.integers(self.low, self.high, shape), self.dtype)
@@ -66,10 +72,12 @@ def synthetic_samples(model: Model, n: int, seed: int = 0) -> Samples:
     batch = {t.shape[0] for t in model.graph.inputs if t.shape} - {None}
     inputs = [_input(t, batch) for t in model.graph.inputs]
     session = runtime.session(model)
-    size = next((s for s in SIZES if _runs(session, _feed(inputs, s, seed, 0))), None)
+    sizes = (s for s in SIZES if sum(prod(i.sides(s)) for i in inputs) <= MOST)
+    size = next((s for s in sizes if _runs(session, _feed(inputs, s, seed, 0))), None)
     if size is None:
         raise DataError(
-            "no synthetic input was found that the model runs on: give samples with --data"
+            "no synthetic input was found that the model runs on: give samples with --data; "
+            f"its inputs are {describe(model.graph.inputs)}"
         )
 
     def read(start: int, stop: int) -> Iterator[Feed]:

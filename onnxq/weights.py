@@ -25,11 +25,16 @@ from onnxq.files import DataFile, DataFolder
 Values = Any
 """What a gs.Constant holds: an array, or a LazyValues such as `Stored`."""
 
+UNFIT = "its data do not fit its shape; export the model again"
+
 SMALL = 1024
 """Bytes below which a constant is always written into the model file itself."""
 
 ALIGNMENT = 4096
 """Where tensors begin in a data file: pages, so that a runtime can map them."""
+
+SPILLED = 1 << 20
+"""Bytes from which values that passes make are not kept in memory, where a model has data files."""
 
 _BITS = {
     onnx.TensorProto.INT2: 2,
@@ -115,7 +120,7 @@ class Stored(LazyValues):  # type: ignore[misc]
         try:
             values = self._values()
         except (ValueError, TypeError) as e:
-            raise ModelError(f"tensor {self.tensor.name!r}: its data do not fit its shape") from e
+            raise ModelError(f"tensor {self.tensor.name!r}: {UNFIT}") from e
         values.flags.writeable = False
         return values
 
@@ -151,6 +156,33 @@ def _strings(tensor: onnx.TensorProto) -> NDArray[Any]:
     return out.reshape(tuple(tensor.dims))
 
 
+class Scratch:
+    """A file without a name where values go that passes make of a model of gigabytes."""
+
+    def __init__(self) -> None:
+        self._file: DataFile | None = None
+
+    def put(self, values: NDArray[Any]) -> Values:
+        """The values, written to the file; small or packed ones, or on a full disk, as they are."""
+        kind = data_type_of(values.dtype)
+        if values.nbytes < SPILLED or kind in _BITS or kind == onnx.TensorProto.STRING:
+            return values
+        try:
+            self._file = self._file or DataFile.unnamed()
+            offset = self._file.append(_raw(values))
+        except OSError:
+            return values
+        return Spilled(onnx.TensorProto(dims=values.shape, data_type=kind), self._file, offset)
+
+
+class Spilled(Stored):
+    """Values that a pass has made, in a `Scratch`."""
+
+    def __init__(self, tensor: onnx.TensorProto, file: DataFile, offset: int) -> None:
+        super().__init__(tensor)
+        self.file, self.offset = file, offset
+
+
 class StoredSparse(LazyValues):  # type: ignore[misc]
     """A sparse initializer; `load` gives it dense."""
 
@@ -176,7 +208,7 @@ class StoredSparse(LazyValues):  # type: ignore[misc]
                 out[tuple(indices.T)] = values
         except (ValueError, IndexError, TypeError) as e:
             name = self.tensor.values.name
-            raise ModelError(f"sparse tensor {name!r}: its data do not fit its shape") from e
+            raise ModelError(f"sparse tensor {name!r}: {UNFIT}") from e
         out.flags.writeable = False
         return out
 
@@ -297,7 +329,7 @@ class DataWriter:
             for piece in held.file.chunks(held.offset, held.nbytes):
                 self.file.write(piece)
         else:
-            self.file.write(_raw(constant))
+            self.file.write(_raw(values_in(constant)))
         out = header(constant)
         out.data_location = onnx.TensorProto.EXTERNAL
         for key, value in (("location", self.location), ("offset", offset), ("length", size)):
@@ -305,9 +337,8 @@ class DataWriter:
         return out
 
 
-def _raw(constant: gs.Constant) -> Any:
+def _raw(values: NDArray[Any]) -> Any:
     """The bytes of the values, little-endian and packed, without a copy where possible."""
-    values = values_in(constant)
     if data_type_of(values.dtype) in _BITS:
         return from_array(values).raw_data
     little = np.ascontiguousarray(values, values.dtype.newbyteorder("<"))

@@ -2,59 +2,49 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnx_graphsurgeon as gs
 
 from onnxq import runtime
-from onnxq.core import Note, Pipeline
-from onnxq.coverage import coverage
-from onnxq.data import ImageOptions, Samples, Spec, open_samples
-from onnxq.errors import BudgetError, DataError, ModelError
-from onnxq.lint import conformance
+from onnxq.core import Note
+from onnxq.coverage import Coverage, coverage
+from onnxq.data import Feed, ImageOptions, Samples, Spec
+from onnxq.demands import (
+    LAYERS_SAMPLES,
+    broken_rules,
+    missed,
+    require_quantized,
+    require_valid,
+)
+from onnxq.errors import BudgetError
+from onnxq.job import Job, Progress
+from onnxq.loading import ModelLike, PathLike, load, name_of, size_of
 from onnxq.model import Model
 from onnxq.ortformat import check_name, write_ort
 from onnxq.passes.placement import place
 from onnxq.passes.sensitive import graph_rules
 from onnxq.passes.work import macs
 from onnxq.plausibility import doubts
-from onnxq.recipes import load_recipe, plan
+from onnxq.preconditions import blames_the_model, check_output, require_budget, require_outputs
+from onnxq.recipes import Recipe, load_recipe, plan, wants
 from onnxq.report import Comparison, Inspection, Report
-from onnxq.synthetic import synthetic_samples
+from onnxq.sampling import NO_SAMPLES, samples_for, samples_to_compare, split
 from onnxq.targets import Target, load_target
+from onnxq.validation import Fidelity, layer_fidelity
 from onnxq.validation import compare as compare_outputs
-from onnxq.validation import layer_fidelity
 
-PathLike = str | os.PathLike[str]
-ModelLike = PathLike | Model | onnx.ModelProto
-Progress = Callable[[str, int, int], None]  # stage, done, total
-
-SYNTHETIC = 32  # samples drawn when there is no data
-HELD_OUT = 256  # at most so many samples are kept from calibration
 COMPARE_SECONDS, TIME_SECONDS = 5.0, 3.0
-LAYERS_SAMPLES = 2
-INVALID = (onnx.checker.ValidationError, onnx.shape_inference.InferenceError)
-
-
-def load(model: ModelLike) -> Model:
-    """Load a model from a file, or wrap one that is in memory.
-
-    Raises ModelError when it is not a model that can be read.
-    """
-    if isinstance(model, Model):
-        return model
-    return Model.from_proto(model) if isinstance(model, onnx.ModelProto) else Model.load(model)
+SYNTHETIC_RANGES = (
+    "no --data: ranges come from synthetic samples, expect a loss of accuracy; "
+    "give real ones before you deploy"
+)
 
 
 def optimize(
@@ -67,7 +57,7 @@ def optimize(
     target: str = "ort-cpu",
     calibration: PathLike | None = None,
     min_sqnr: float | None = None,
-    validate: bool = True,
+    validate: bool | None = None,
     allow_unchanged: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
@@ -76,70 +66,60 @@ def optimize(
 
     data, images: see `onnxq.data.open_samples`; synthetic samples without. The last quarter of 8 or
     more samples is kept from calibration and used for the comparison. calibration: a file; re-used
-    when it is there, written when not. min_sqnr: dB that every output must reach. output None, or
-    dry_run: nothing is written.
+    when it is there, written when not. min_sqnr: dB that every output must reach. validate: whether
+    to compare; None leaves it out where the recipe does not run the model anyway and that is large
+    or nothing for onnxruntime. output None, or dry_run: nothing is written.
 
     Raises OnnxqError: ModelError, DataError, RecipeError for what cannot be used; BudgetError when
     min_sqnr is missed, nothing was quantized, or the target has no floats and they are needed
     (nothing is written then).
     """
-    job = _Job(progress)
+    require_budget(min_sqnr, validate=validate)
+    job, written = Job(progress), None if dry_run else output
     with job.stage("load"):
         original = model if isinstance(model, str | os.PathLike) else load(model).copy()
         edited = load(original).copy() if isinstance(original, Model) else load(original)
         chosen, aim = load_recipe(recipe), load_target(target)
-        if aim.file_format == "ort" and output is not None:
-            check_name(output)
-        before = _size(original), len(edited.nodes()), edited.opset
-        samples = samples_for(edited, data, images)
-        job.warnings += doubts(edited, samples)
-        if data is None:
-            job.warnings.append(
-                "no --data: ranges come from synthetic samples, expect a loss of accuracy; "
-                "give real ones before you deploy"
-            )
-        fitting, held = _split(samples)
-    path = None if calibration is None else Path(calibration)
-    pipeline = plan(
-        chosen, aim, fitting, calibration=path, progress=job.sample_progress(len(fitting))
-    )
-    notes = job.run(pipeline, edited)
-    edited.infer_shapes()
-    feed = next(iter(held))
-    covered = coverage(edited, edited.shapes_for({k: np.shape(v) for k, v in feed.items()}))
+        if written is not None:
+            check_output(model, edited, written, (data, calibration))
+            if aim.file_format == "ort":
+                check_name(written)
+        require_outputs(edited, name_of(model))
+        before = size_of(original, edited), len(edited.nodes()), edited.opset
+    fits = wants(chosen, "samples")
+    with blames_the_model(original, name_of(model), chosen.name if fits else None):
+        with job.stage("load"):
+            must = fits or bool(validate) or min_sqnr is not None
+            if not must and validate is None:
+                samples, why = samples_to_compare(original, edited, data, images)
+                job.warnings += [f"not compared with the original: {why}"] if why else []
+            else:
+                samples = samples_for(edited, data, images) if must else NO_SAMPLES
+            job.warnings += doubts(edited, samples)
+            job.warnings += [SYNTHETIC_RANGES] if fits and data is None else []
+            fitting, held = split(samples)
+        notes = _rewritten(edited, chosen, aim, fitting, calibration, job)
+    feed = next(iter(held), {})
+    covered = _covered(edited, feed)
     if any(name.startswith("quantize") for name in chosen.passes):
         if not allow_unchanged:
-            _require_quantized(notes)
-        job.warnings += _conform(edited, aim, strict=not allow_unchanged)
+            require_quantized(notes, edited)
+        job.warnings += broken_rules(edited, aim, strict=not allow_unchanged)
     fidelity = timing = None
-    if validate:
+    if validate is not False and len(held):
         with job.stage("validate"):
-            _check(edited, original)
-            fidelity = compare_outputs(
-                original, edited, held, seconds=COMPARE_SECONDS,
-                progress=job.sample_progress(len(held)),
-            )  # fmt: skip
-            if not all(o.is_finite for o in fidelity.outputs):
-                raise BudgetError("the result has outputs that are not finite; nothing was written")
+            fidelity = _validated(original, edited, held, min_sqnr, job)
             if platform.machine() in aim.machines:
                 timing = runtime.latency(original, edited, feed, seconds=TIME_SECONDS)
-        if min_sqnr is not None and fidelity.sqnr_db < min_sqnr:
-            _miss(original, edited, held, fidelity.sqnr_db, min_sqnr)
-    elif min_sqnr is not None:
-        raise BudgetError("--min-sqnr needs the comparison that --no-validate leaves out")
     with job.stage("write"):
-        also: tuple[Path, ...] = ()
-        if output is None or dry_run:
-            size = _size(edited)
-        else:
-            size = _written(edited, output)
-            also = write_ort(output) if aim.file_format == "ort" else ()
+        size, also = _written(edited, written, aim)
+    used = f"{len(fitting)} for calibration: " if fits else ""
     return Report(
-        model=_name(model),
-        output=None if output is None or dry_run else os.fspath(output),
+        model=name_of(model),
+        output=None if written is None else os.fspath(written),
         recipe=chosen.name,
         target=aim.name,
-        samples=f"{len(fitting)} for calibration: {samples.description}",
+        samples=f"{used}{samples.description}",
         validated_on=_validated_on(samples, held, fidelity.samples if fidelity else 0),
         size_bytes=(before[0], size),
         nodes=(before[1], len(edited.nodes())),
@@ -155,55 +135,41 @@ def optimize(
     )
 
 
-def samples_for(model: Model, data: Spec | None, images: ImageOptions | None = None) -> Samples:
-    """The samples that `data` stands for; synthetic ones when it is None.
-
-    Raises DataError as `onnxq.data.open_samples` does.
-    """
-    if data is not None:
-        return open_samples(data, model, images=images)
-    if images is not None:
-        raise DataError("image options without samples: give a folder of images as --data")
-    return synthetic_samples(model, SYNTHETIC)
-
-
-@dataclass(slots=True)
-class _Job:
-    """What one run of `optimize` keeps: time, warnings, where progress goes."""
-
-    progress: Progress | None
-    seconds: dict[str, float] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
-    now: str = ""
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        self.now, start = name, time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-
-    def sample_progress(self, total: int) -> Callable[[int], None] | None:
-        if self.progress is None:
-            return None
-        tell = self.progress
-        return lambda done: tell(self.now, done, total)
-
-    def run(self, pipeline: Pipeline, model: Model) -> list[Note]:
-        notes: list[Note] = []
-        for pass_ in pipeline.passes:
-            with self.stage(pass_.name):
-                notes += pass_(model)
-        return notes
+def _rewritten(
+    edited: Model,
+    recipe: Recipe,
+    target: Target,
+    fitting: Samples,
+    calibration: PathLike | None,
+    job: Job,
+) -> list[Note]:
+    """Run the recipe's passes on the model."""
+    pipeline = plan(
+        recipe, target, fitting,
+        calibration=None if calibration is None else Path(calibration),
+        progress=job.sample_progress(len(fitting)),
+    )  # fmt: skip
+    return [note for pass_ in pipeline.passes for note in job.run(pass_, edited)]
 
 
-def _split(samples: Samples) -> tuple[Samples, Samples]:
-    """Samples to calibrate on, and to compare on: the same ones if there are few."""
-    if len(samples) < 8:
-        return samples, samples
-    held = min(HELD_OUT, len(samples) // 4)
-    return samples.take(len(samples) - held), samples.skip(len(samples) - held)
+def _covered(edited: Model, feed: Feed) -> Coverage:
+    edited.infer_shapes()
+    return coverage(edited, edited.shapes_for({k: np.shape(v) for k, v in feed.items()}))
+
+
+def _validated(
+    original: ModelLike, edited: Model, held: Samples, min_sqnr: float | None, job: Job
+) -> Fidelity:
+    """Compare, and raise BudgetError for what must not be written."""
+    require_valid(edited, original)
+    fidelity = compare_outputs(
+        original, edited, held, seconds=COMPARE_SECONDS, progress=job.sample_progress(len(held))
+    )
+    if not all(o.is_finite for o in fidelity.outputs):
+        raise BudgetError("the result has outputs that are not finite; nothing was written")
+    if min_sqnr is not None and fidelity.sqnr_db < min_sqnr:
+        raise missed(original, edited, held, fidelity.sqnr_db, min_sqnr)
+    return fidelity
 
 
 def _validated_on(samples: Samples, held: Samples, used: int) -> str:
@@ -217,91 +183,17 @@ def _validated_on(samples: Samples, held: Samples, used: int) -> str:
     return f"{used} {kind}"
 
 
-def _require_quantized(notes: Sequence[Note]) -> None:
-    if any(n.changed and n.rule.startswith("quantize") for n in notes):
-        return
-    reasons = Counter(n.text for n in notes if not n.changed and n.rule.startswith("quantize"))
-    why = "; ".join(f"{text} ({count})" for text, count in reasons.most_common(3))
-    raise BudgetError(
-        f"nothing was quantized: {why or 'the model has no layer with a weight'}; "
-        "nothing was written (--allow-unchanged writes the cleaned model)"
-    )
-
-
-def _conform(model: Model, target: Target, *, strict: bool) -> list[str]:
-    """Warnings for rules of the target that the result breaks.
-
-    Raises BudgetError, when strict, for a target that computes nothing in floats but would have to.
-    """
-    broken = [f for f in conformance(model, target).violations if f.rule != "domains"]
-    floats = [f for f in broken if f.rule == "floats"]
-    if floats and strict:
-        ops = Counter(f.op for f in floats)
-        listed = ", ".join(f"{op} {count}" for op, count in ops.most_common(5))
-        raise BudgetError(
-            f"{target.name} computes nothing in floats, but {len(floats)} nodes cannot be integers "
-            f"({listed}): nothing was written (--allow-unchanged writes the result as it is)"
-        )
-    if not broken:
-        return []
-    rules = ", ".join(sorted({f.rule for f in broken}))
-    return [f"the result breaks rules of {target.name} ({rules}): onnxq check says where"]
-
-
-def _check(model: Model, original: ModelLike) -> None:
-    """Raise ModelError if the result is not valid: a bug of a pass, which must not reach a file.
-
-    Where the checker does not take the original either, onnxruntime has the last word.
-    """
-    if sum(model.weight_sizes()) > runtime.LARGE:
-        return  # the checker wants it in one proto or file; the session that follows checks as well
-    try:
-        onnx.checker.check_model(model.to_proto(), full_check=True)
-    except INVALID as e:
-        try:
-            onnx.checker.check_model(load(original).to_proto(), full_check=True)
-        except INVALID:
-            return
-        raise ModelError(
-            f"the result is not valid, which is a bug of onnxq: {runtime.one_line(e)}"
-        ) from e
-
-
-def _miss(original: ModelLike, edited: Model, held: Samples, reached: float, wanted: float) -> None:
-    layers = layer_fidelity(load(original), edited, held.take(LAYERS_SAMPLES))
-    worst = sorted(layers, key=lambda layer: layer.sqnr_db)[:3]
-    named = ", ".join(f"{layer.name} ({layer.op}, {layer.sqnr_db:.1f} dB)" for layer in worst)
-    raise BudgetError(
-        f"reached {reached:.1f} dB, --min-sqnr is {wanted:g}: nothing was written; "
-        f"the layers furthest off are {named or 'not known'}"
-    )
-
-
-def _written(model: Model, output: PathLike) -> int:
+def _written(model: Model, output: PathLike | None, target: Target) -> tuple[int, tuple[Path, ...]]:
+    """Write the model and what the target wants beside it; bytes of the former, paths of those."""
+    if output is None:
+        return size_of(model, model), ()
     model.save(output)
     path = Path(output)
     data = path.with_name(path.name + ".data")
-    return path.stat().st_size + (
-        data.stat().st_size if model.has_data_file and data.exists() else 0
-    )
-
-
-def _size(model: ModelLike) -> int:
-    if isinstance(model, str | os.PathLike):
-        path = Path(model)
-        return path.stat().st_size + sum(
-            p.stat().st_size
-            for p in (path.with_name(path.name + s) for s in (".data", "_data"))
-            if p.exists()
-        )
-    if isinstance(model, Model):
-        total = sum(model.weight_sizes())
-        return total if total > runtime.LARGE else model.to_proto().ByteSize()
-    return int(model.ByteSize())
-
-
-def _name(model: ModelLike) -> str:
-    return os.fspath(model) if isinstance(model, str | os.PathLike) else "model in memory"
+    size = path.stat().st_size
+    if model.has_data_file and data.exists():
+        size += data.stat().st_size
+    return size, write_ort(output) if target.file_format == "ort" else ()
 
 
 def inspect(model: ModelLike, *, target: str = "ort-cpu") -> Inspection:
@@ -316,11 +208,11 @@ def inspect(model: ModelLike, *, target: str = "ort-cpu") -> Inspection:
     for graph in found.graphs():
         for tensor in graph.tensors().values():
             if isinstance(tensor, gs.Constant):
-                count = prod(tensor.shape)
+                count = math.prod(tensor.shape)
                 parameters += count
                 sizes[str(tensor.dtype)] += count * getattr(np.dtype(tensor.dtype), "itemsize", 1)
     return Inspection(
-        model=_name(model),
+        model=name_of(model),
         target=aim.name,
         ir_version=found.envelope.ir_version,
         opset={o.domain: o.version for o in found.envelope.opset_import},
@@ -359,12 +251,12 @@ def compare(
     """
     one, two = load(original), load(result)
     samples = samples_for(one, data, images)
-    tell = None if progress is None else _Job(progress, now="compare").sample_progress(len(samples))
+    tell = None if progress is None else Job(progress, now="compare").sample_progress(len(samples))
     fidelity = compare_outputs(original, result, samples, progress=tell)
     layers = layer_fidelity(one, two, samples.take(LAYERS_SAMPLES))
     return Comparison(
-        _name(original),
-        _name(result),
+        name_of(original),
+        name_of(result),
         fidelity,
         tuple(sorted(layers, key=lambda layer: layer.sqnr_db)),
     )

@@ -18,7 +18,6 @@ from onnx import numpy_helper
 
 from onnxq import runtime
 from onnxq.core import Note
-from onnxq.errors import ModelError
 from onnxq.model import Model, readers, values_of
 
 NAME = "fold_constants"
@@ -30,6 +29,8 @@ CONTROL = "If Loop Scan SequenceMap"
 QUANTIZED = "QuantizeLinear DequantizeLinear DynamicQuantizeLinear"
 NEVER = frozenset(f"{RANDOM} {CONTROL} {QUANTIZED}".split())
 LARGE = 1 << 20  # bytes; results above that must not be larger than what they are made of
+# Operators whose results are as large as a few numbers among their inputs say, and which inputs.
+GROWING = {"ConstantOfShape": (0,), "Expand": (1,), "Tile": (1,), "Range": (0, 1, 2)}
 WEIGHT = 64  # elements; from here on small integers are taken for a quantized weight
 
 
@@ -96,7 +97,9 @@ def _foldable(model: Model, graph: gs.Graph) -> tuple[list[gs.Node], list[Note]]
         ]
         if any(s is None for s in sizes) or not _may_fold(model, node):
             continue
-        results = [_expected(t) for t in node.outputs]
+        if (grown := _grown(node)) is None:
+            continue  # the next round knows its size
+        results = [max(_expected(t), grown) for t in node.outputs]
         if sum(results) > max(LARGE, sum(s or 0 for s in sizes)):
             text = f"its result would take {sum(results) / 1e6:.1f} MB in the file"
             declined.append(Note(NAME, node.name, text, changed=False))
@@ -104,6 +107,22 @@ def _foldable(model: Model, graph: gs.Graph) -> tuple[list[gs.Node], list[Note]]
         chosen.append(node)
         known |= {id(t): size for t, size in zip(node.outputs, results, strict=True)}
     return chosen, declined
+
+
+def _grown(node: gs.Node) -> int | None:
+    """Bytes, at least, that an operator makes of a few numbers; None while these are not known."""
+    if node.op not in GROWING:
+        return 0
+    read = [values_of(node.inputs[i]) for i in GROWING[node.op]]
+    numbers = [np.asarray(values, np.float64) for values in read if values is not None]
+    if len(numbers) < len(read):
+        return None
+    if node.op == "Range":
+        start, limit, delta = (float(n.reshape(())) for n in numbers)
+        elements = abs(limit - start) / max(abs(delta), 1e-300)
+    else:
+        elements = float(np.prod(np.maximum(np.abs(numbers[0]), 1)))
+    return int(min(elements, 2.0**60))
 
 
 def _may_fold(model: Model, node: gs.Node) -> bool:
@@ -158,7 +177,7 @@ def _evaluate(model: Model, chosen: list[gs.Node]) -> list[Note]:
     proto.ir_version = max(proto.ir_version, 4)  # before that, initializers had to be inputs
     try:
         results = runtime.session(proto, optimize="off").run(list(needed), {})
-    except (ModelError, RuntimeError, ValueError) as e:
+    except Exception as e:  # onnxruntime's exceptions share no base but Exception
         return [
             Note(NAME, chosen[0].name, f"cannot be computed: {runtime.one_line(e)}", changed=False)
         ]

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from onnxq.core import Note
 from onnxq.model import Model
+from onnxq.serialization import op_type_of
 
 
 class InlineFunctions:
@@ -19,7 +20,7 @@ class InlineFunctions:
 
     def __call__(self, model: Model, /) -> Sequence[Note]:
         """Inline in place; a note for each function, or why it stays."""
-        calls = Counter(f"{node.domain}::{node.op}" for node in model.nodes())
+        calls = Counter(f"{node.domain}::{op_type_of(node)}" for node in model.nodes())
         gone = model.inline_functions()
         notes = [
             Note(

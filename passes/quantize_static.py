@@ -142,7 +142,7 @@ class _Editor:
         self.weights: dict[Any, tuple[gs.Tensor, QParams]] = {}
         self.params: dict[int, QParams] = {}  # of each dequantized activation, by id
         self.emitted: list[gs.Node] = []
-        self.spared: dict[int, int] = {}  # node id -> channels that the saturation guard touched
+        self.layers: dict[int, int] = {}  # with a weight, by id: channels that the guard touched
 
     def edit(self, placement: Placement) -> list[Note]:
         kept = {
@@ -169,9 +169,9 @@ class _Editor:
 
     def note(self, node: gs.Node) -> Note:
         text = f"{node.op}: {self.target.activations.format} activations"
-        if weight_input(node) is not None:
+        if id(node) in self.layers:
             text += f", {self.target.weights_of(node.op).format} weights"
-        if spared := self.spared.get(id(node)):
+        if spared := self.layers.get(id(node)):
             text += f", scales of {spared} channels raised to keep sums of pairs in 16 bits"
         return Note(RULE, node.name, text)
 
@@ -314,7 +314,7 @@ class _Editor:
         else:
             parts = np.split(params.scale, len(rows))
             scale = np.hstack([safe_scale(r, s) for r, s in zip(rows, parts, strict=True)])
-        self.spared[id(node)] = int((scale > params.scale).sum())
+        self.layers[id(node)] = int((scale > params.scale).sum())
         return replace(params, scale=scale)
 
     def integer_constant(self, name: str, q: NDArray[Any], params: QParams) -> gs.Tensor:
@@ -340,6 +340,7 @@ class _Editor:
         assert index is not None
         weight, axis = node.inputs[index], self.axis(node, index)
         scheme = self.target.weights_of(node.op)
+        self.layers[id(node)] = 0
         dequantized, params = self.weight(weight, scheme, axis, node)
         has_bias = at is not None and len(node.inputs) > at and bool(node.inputs[at].name)
         if has_bias and self.target.bias != "float":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -27,10 +28,11 @@ class ShareInitializers:
         outputs = {id(t) for graph in model.graphs() for t in graph.outputs}
         kept: dict[tuple[str, tuple[int, ...], bytes], tuple[gs.Constant, gs.Graph]] = {}
         notes = []
+        alike = Counter(_kind(t) for g in model.graphs() for t in _constants(g))
         for graph in model.graphs():
-            for tensor in graph.tensors().values():
-                if not isinstance(tensor, gs.Constant) or id(tensor) in outputs:
-                    continue
+            for tensor in _constants(graph):
+                if id(tensor) in outputs or alike[_kind(tensor)] < 2:
+                    continue  # read only what may have an equal
                 digest = _digest(tensor)
                 if digest is None:
                     continue
@@ -46,6 +48,14 @@ class ShareInitializers:
         if notes:
             model.sweep()
         return notes
+
+
+def _constants(graph: gs.Graph) -> list[gs.Constant]:
+    return [t for t in graph.tensors().values() if isinstance(t, gs.Constant)]
+
+
+def _kind(tensor: gs.Constant) -> tuple[str, tuple[int, ...]]:
+    return str(tensor.dtype), tuple(tensor.shape)
 
 
 def _digest(tensor: gs.Constant) -> tuple[str, tuple[int, ...], bytes] | None:

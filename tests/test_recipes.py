@@ -41,7 +41,7 @@ def test_every_target_is_of_known_operators(name: str) -> None:
 
 
 WRONG = [
-    pytest.param('passes = ["cleanup"]', "not a recipe: 'description'", id="no-description"),
+    pytest.param('passes = ["cleanup"]', "not a recipe: it has no 'description'", id="no-description"),
     pytest.param('description = "x"\npasses = ["polish"]', "unknown pass 'polish': one of", id="pass"),
     pytest.param('description = "x"\npasses = ["cleanup"]\n[quantize_static]', "not among its passes", id="stray"),
     pytest.param("= 1", "not a recipe", id="no-toml"),

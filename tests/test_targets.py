@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from onnx import numpy_helper, parser
 
 import onnxq
-from onnxq import catalogue, runtime, targets
+from onnxq import runtime, targets
 from onnxq.cli import main
 from onnxq.data import open_samples
 from onnxq.errors import BudgetError, RecipeError
@@ -26,7 +26,7 @@ from onnxq.numerics.metrics import sqnr_db
 from onnxq.ortformat import write_ort
 from onnxq.passes import QuantizeStatic, RaiseOpset, SimplifyQdq
 from onnxq.schemes import quantize_weight
-from onnxq.targets import Target, load_target
+from onnxq.targets import Target, facts, load_target
 from onnxq.validation import compare
 
 MODELS = Path(__file__).parent.parent / "models"
@@ -383,7 +383,7 @@ def test_the_command_lists_and_describes() -> None:
     assert told["facts"]["bias_bits"] == "20"
     assert told["operators"]["Softmax"] == "returns floats"
     assert run(main, ["targets", "abacus"]).exit_code == 2
-    assert isinstance(catalogue.targets(), catalogue.TargetList)
+    assert isinstance(facts.targets(), facts.TargetList)
 
 
 def test_options_of_a_target_reach_the_passes(tmp_path: Path) -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from onnxq.core import Pass, Pipeline
+from onnxq.core import Pipeline
 from onnxq.data import Samples
-from onnxq.errors import RecipeError
-from onnxq.passes import PASSES
+from onnxq.errors import RecipeError, meant
+from onnxq.options import build, options_of
+from onnxq.plugins import find_pass
 from onnxq.targets import Target
 
 HERE = Path(__file__).parent
@@ -26,6 +28,35 @@ class Recipe:
     passes: tuple[str, ...]
     options: dict[str, dict[str, Any]]
 
+    def to_toml(self) -> str:
+        """The recipe as a file that `load_recipe` reads; options left at their default commented.
+
+        Raises RecipeError for passes that are not known.
+        """
+        quoted = ", ".join(toml(name) for name in self.passes)
+        lines = [f"description = {toml(self.description)}", f"passes = [{quoted}]"]
+        for name in dict.fromkeys(self.passes):
+            known, chosen = options_of(find_pass(name)), self.options.get(name, {})
+            rows = [f"{o.name} = {toml(chosen[o.name])}" for o in known if o.name in chosen]
+            rows += [
+                f"# {o.name} = {toml(o.default)}"
+                for o in known
+                if o.name not in chosen and o.default is not None
+            ]
+            if rows:
+                key = name if name.replace("_", "").isalnum() and name.isascii() else toml(name)
+                lines += ["", f"[{key}]", *rows]
+        return "\n".join(lines) + "\n"
+
+
+def toml(value: Any) -> str:
+    """A value as TOML: what recipes hold, texts, numbers and lists of them."""
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(toml(item) for item in value) + "]"
+    if isinstance(value, bool | str):
+        return json.dumps(value, ensure_ascii=False)
+    return repr(value)
+
 
 def names() -> list[str]:
     """Names of the recipes that come with onnxq."""
@@ -35,22 +66,42 @@ def names() -> list[str]:
 def load_recipe(name: str) -> Recipe:
     """A recipe by name, or from a TOML file by its path.
 
-    Raises RecipeError for a name that is not known, a file that is no recipe, and unknown passes.
+    Raises RecipeError for a name that is not known, a file that is no recipe, and passes or options
+    that are not known.
     """
     path = Path(name) if name.endswith(".toml") else HERE / f"{name}.toml"
     if not path.is_file():
-        raise RecipeError(f"unknown recipe {name!r}: one of {', '.join(names())}, or a .toml file")
+        raise RecipeError(
+            f"unknown recipe {name!r}: one of {', '.join(names())}, or a .toml file"
+            f"{meant(name, names())}"
+        )
     try:
         table = tomllib.loads(path.read_text())
-        description, passes = table.pop("description"), tuple(table.pop("passes"))
-    except (tomllib.TOMLDecodeError, KeyError, UnicodeDecodeError) as e:
+        description, passes = table.pop("description"), table.pop("passes")
+        return _recipe(path.stem, description, passes, table)
+    except KeyError as e:
+        raise RecipeError(f"{path}: not a recipe: it has no {e}") from e
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, TypeError) as e:
         raise RecipeError(f"{path}: not a recipe: {e}") from e
+    except RecipeError as e:
+        raise RecipeError(f"{path}: {e}") from e
+
+
+def _recipe(name: str, description: Any, passes: Any, options: dict[str, Any]) -> Recipe:
+    if not isinstance(description, str):
+        raise TypeError("description is a text")
+    if not isinstance(passes, list) or not all(isinstance(p, str) for p in passes):
+        raise TypeError("passes is a list of names")
     for pass_ in passes:
-        if pass_ not in PASSES:
-            raise RecipeError(f"{path}: unknown pass {pass_!r}: one of {', '.join(PASSES)}")
-    if stray := sorted(set(table) - set(passes)):
-        raise RecipeError(f"{path}: options for {stray[0]!r}, which is not among its passes")
-    return Recipe(path.stem, description, passes, table)
+        find_pass(pass_)
+    for key, value in options.items():
+        if key not in passes:
+            raise RecipeError(
+                f"options for {key!r}, which is not among its passes{meant(key, passes)}"
+            )
+        if not isinstance(value, dict):
+            raise RecipeError(f"{key} is a pass: its options go under [{toml(key)}]")
+    return Recipe(name, description, tuple(passes), {k: v for k, v in options.items() if v})
 
 
 def plan(
@@ -77,21 +128,12 @@ def plan(
     }
     passes = [n for n in recipe.passes if target.stored_weights or n != "quantize_weights"]
     return Pipeline(
-        recipe.name, tuple(_build(n, recipe.options.get(n, {}), context) for n in passes)
+        recipe.name,
+        tuple(build(n, find_pass(n), recipe.options.get(n, {}), context) for n in passes),
     )
 
 
-def _build(name: str, options: dict[str, Any], context: dict[str, Any]) -> Pass:
-    entry = PASSES[name]
-    if not isinstance(entry, type):
-        if options:
-            raise RecipeError(f"{name} has no options, got {', '.join(options)}")
-        return entry
-    allowed = {f.name for f in fields(entry)} if is_dataclass(entry) else set()
-    if unknown := sorted(set(options) - allowed):
-        raise RecipeError(f"{name} has no option {unknown[0]!r}: {', '.join(sorted(allowed))}")
-    try:
-        made: Pass = entry(**{k: v for k, v in context.items() if k in allowed} | options)
-    except (TypeError, ValueError) as e:
-        raise RecipeError(f"{name}: {e}") from e
-    return made
+def wants(recipe: Recipe, field: str) -> bool:
+    """Whether one of its passes takes `samples`, or a `calibration`."""
+    entries = (find_pass(name) for name in recipe.passes)
+    return any(field in getattr(entry, "__dataclass_fields__", {}) for entry in entries)

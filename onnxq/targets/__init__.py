@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from onnxq.errors import RecipeError
+from onnxq.errors import RecipeError, meant
 from onnxq.schemes import FORMATS, PerChannel, PerTensor, QuantScheme
 
 HERE = Path(__file__).parent
@@ -148,7 +148,10 @@ def load_target(name: str) -> Target:
     """
     path = Path(name) if name.endswith(".toml") else HERE / f"{name}.toml"
     if not path.is_file():
-        raise RecipeError(f"unknown target {name!r}: one of {', '.join(names())}, or a .toml file")
+        raise RecipeError(
+            f"unknown target {name!r}: one of {', '.join(names())}, or a .toml file"
+            f"{meant(name, names())}"
+        )
     try:
         return _target(path.stem, _table(path, ()))
     except (tomllib.TOMLDecodeError, TypeError, ValueError, KeyError, AttributeError) as e:

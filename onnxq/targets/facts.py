@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from onnxq.report import SCHEMA, to_json
+from onnxq.report import SCHEMA, print_rows, to_json
 from onnxq.schemes import PerChannel, QuantScheme
 from onnxq.targets import OpRule, Target, load_target, names
 
@@ -29,10 +29,7 @@ class TargetList:
 
     def print_to(self, console: Console) -> None:
         """Print the list for people."""
-        width = max(map(len, self.targets))
-        for name, description in self.targets.items():
-            console.print(f"{name:{width}}  {description}")
-        console.print("onnxq targets NAME says more; --target takes a .toml file as well")
+        print_rows(console, list(self.targets.items()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,13 +67,13 @@ class TargetFacts:
             console.print(f"  {fact}: {source}")
 
 
-def targets(name: str | None = None) -> TargetList | TargetFacts:
-    """All targets, or what is known of one (a name or a .toml file).
+def targets() -> TargetList:
+    """The targets that come with onnxq."""
+    return TargetList({name: load_target(name).description for name in names()})
 
-    Raises RecipeError for an unknown one.
-    """
-    if name is None:
-        return TargetList({n: load_target(n).description for n in names()})
+
+def describe_target(name: str) -> TargetFacts:
+    """What is known of a target (a name or a .toml file); raises RecipeError for an unknown one."""
     target = load_target(name)
     defaults = {f.name: f.default for f in fields(Target)}
     facts = {

@@ -1,0 +1,73 @@
+"""Shell completion: click's own, with names of recipes, targets and passes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
+VARIABLE = "_ONNXQ_COMPLETE"  # what click derives from the command's name
+
+
+def complete_recipe(
+    ctx: click.Context, param: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """Recipes by name, and files."""
+    from onnxq.recipes import names
+
+    return _items(names(), incomplete, files=True)
+
+
+def complete_target(
+    ctx: click.Context, param: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """Targets by name, and files."""
+    from onnxq.targets import names
+
+    return _items(names(), incomplete, files=True)
+
+
+def complete_pass(
+    ctx: click.Context, param: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """Passes by name, installed ones too."""
+    from onnxq.errors import RecipeError
+    from onnxq.plugins import names
+
+    try:
+        return _items(names(), incomplete)
+    except RecipeError:  # a shell that completes has no place for errors
+        return []
+
+
+def _items(names: Iterable[str], incomplete: str, *, files: bool = False) -> list[CompletionItem]:
+    """Names that begin so; a file name when none does."""
+    from click.shell_completion import CompletionItem
+
+    found = [CompletionItem(name) for name in names if name.startswith(incomplete)]
+    return found or ([CompletionItem(incomplete, type="file")] if files else [])
+
+
+@click.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+@click.pass_context
+def completion(ctx: click.Context, shell: str) -> None:
+    """Print the script that makes SHELL complete onnxq's commands, options and names.
+
+    \b
+    bash:  eval "$(onnxq completion bash)"       in ~/.bashrc
+    zsh:   eval "$(onnxq completion zsh)"        in ~/.zshrc
+    fish:  onnxq completion fish | source        in ~/.config/fish/config.fish
+    """
+    from click.shell_completion import get_completion_class
+
+    kind = get_completion_class(shell)
+    assert kind is not None  # click has these three
+    # source_template and not source(): that one starts a bash to ask its version
+    root = ctx.find_root()
+    made = kind(root.command, {}, "onnxq", VARIABLE)
+    click.echo(made.source_template % made.source_vars())

@@ -1,0 +1,126 @@
+"""optimize and calibrate: the main job, and its slow half alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from onnxq.cli.common import (
+    data_option,
+    output_options,
+    progress_bar,
+    recipe_option,
+    show,
+    sqnr_option,
+    target_option,
+    warn,
+)
+from onnxq.cli.imaging import image_options
+
+if TYPE_CHECKING:
+    from onnxq.data import ImageOptions
+
+
+@click.command()
+@click.argument("model")
+@click.argument("output")
+@data_option
+@recipe_option
+@target_option
+@click.option(
+    "--calibration", metavar="FILE",
+    help="Keep what was seen of the activations (.npz); used again if the file is there.",
+)  # fmt: skip
+@sqnr_option("Write nothing (exit 1) if an output's signal to noise ratio is below this.")
+@click.option(
+    "--dry-run", is_flag=True, help="Print the plan and what the samples look like; no output."
+)
+@click.option(
+    "--validate/--no-validate", default=None,
+    help="Compare with the original and time both, or not.  [default: compare; not if a clean-up "
+    "would otherwise never hold the weights in memory, and they take over 1 GiB]",
+)  # fmt: skip
+@click.option(
+    "--allow-unchanged", is_flag=True, help="Write the model even if nothing was quantized."
+)
+@image_options
+@output_options
+def optimize(
+    model: str,
+    output: str,
+    *,
+    data: str | None,
+    images: ImageOptions | None,
+    recipe: str,
+    target: str,
+    calibration: str | None,
+    min_sqnr: float | None,
+    dry_run: bool,
+    validate: bool | None,
+    allow_unchanged: bool,
+    json_file: str | None,
+    quiet: bool,
+) -> None:
+    """Optimize MODEL and write OUTPUT (which may be the same file).
+
+    \b
+    onnxq optimize model.onnx small.onnx --data samples.npz
+    onnxq optimize model.onnx small.onnx --data folder/ --min-sqnr 20 --json report.json
+    onnxq optimize model.onnx clean.onnx --recipe cleanup
+    """
+    if dry_run:
+        from onnxq.preview import preview
+
+        found = preview(model, data=data, images=images, recipe=recipe, target=target)
+        show(found, json_file, quiet=quiet)
+        return
+    from onnxq import workflow
+
+    with progress_bar(quiet=quiet) as progress:
+        report = workflow.optimize(
+            model, output, data=data, images=images, recipe=recipe, target=target,
+            calibration=calibration, min_sqnr=min_sqnr, validate=validate,
+            allow_unchanged=allow_unchanged, progress=progress,
+        )  # fmt: skip
+    warn(report.warnings, quiet=quiet)
+    show(report, json_file, quiet=quiet)
+
+
+@click.command()
+@click.argument("model")
+@click.argument("output", metavar="STATS.npz")
+@data_option
+@recipe_option
+@target_option
+@image_options
+@output_options
+def calibrate(
+    model: str,
+    output: str,
+    *,
+    data: str | None,
+    images: ImageOptions | None,
+    recipe: str,
+    target: str,
+    json_file: str | None,
+    quiet: bool,
+) -> None:
+    """Observe what a recipe wants to know of MODEL's activations, and keep it in STATS.npz.
+
+    optimize --calibration STATS.npz then gives the same result as without, and sooner; ranges and
+    options of the recipe can be tried without running the samples again.
+
+    \b
+    onnxq calibrate model.onnx stats.npz --data samples.npz
+    onnxq optimize model.onnx small.onnx --data samples.npz --calibration stats.npz
+    """
+    from onnxq.precalibration import calibrate as run
+
+    with progress_bar(quiet=quiet) as progress:
+        done = run(
+            model, output, data=data, images=images, recipe=recipe, target=target,
+            progress=progress,
+        )  # fmt: skip
+    warn(done.warnings, quiet=quiet)
+    show(done, json_file, quiet=quiet)
