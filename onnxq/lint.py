@@ -160,8 +160,8 @@ class _Lint:
         rule = self.target.operators.get(node.op)
         before = producer(node.inputs[0]) if node.inputs else None
         if before is not None and clamp_behind(before) is node and self.is_float(before):
-            own = self.why_float(before)
-            if own is None:
+            fused = self.target.operators.get(before.op)
+            if self.why_float(before) is None and fused is not None and fused.output != "float":
                 return None  # a part of the operator before
         if rule is None or node.op not in OPS:
             return f"{self.target.name} has no integer {node.op}"
