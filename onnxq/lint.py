@@ -17,7 +17,7 @@ import onnx_graphsurgeon as gs
 from onnxq.conformance import Conformance, Finding
 from onnxq.model import Model, producer, values_of
 from onnxq.operands import Operand, clamp_behind, dequantized, operand, parameters, results, roles
-from onnxq.passes.ops import OPS, activation_inputs, weight_axis
+from onnxq.passes.ops import OPS, activation_inputs, is_constant, weight_axis
 from onnxq.schemes import FORMATS, PerChannel, QuantScheme
 from onnxq.targets import Target, load_target
 
@@ -114,8 +114,8 @@ class _Lint:
         if (
             not self.target.stored_weights
             and node.op == "Cast"
-            and (values := values_of(node.inputs[0])) is not None
-            and values.dtype.kind in "iu"
+            and is_constant(node.inputs[0])
+            and "int" in str(node.inputs[0].dtype)
             and str(node.outputs[0].dtype) in FLOATS
         ):
             text = "a weight is unpacked by Cast: the target does not compute that at load"
@@ -149,7 +149,7 @@ class _Lint:
 
     def is_folded(self, node: gs.Node) -> bool:
         """Whether it computes a constant: Mul(Cast(integers), scale) and the like."""
-        sources = [producer(t) for t in node.inputs if t.name and values_of(t) is None]
+        sources = [producer(t) for t in node.inputs if t.name and not is_constant(t)]
         return all(
             s is not None and s.op in ("Cast", "Sub", "Mul", "Gather") and self.is_folded(s)
             for s in sources
