@@ -18,7 +18,7 @@ from onnxq.conformance import Conformance, Finding
 from onnxq.model import Model, producer, values_of
 from onnxq.numerics.saturation import excess
 from onnxq.operands import Operand, clamp_behind, dequantized, operand, parameters, results, roles
-from onnxq.passes.ops import OPS, activation_inputs, kernel_rows, weight_axis
+from onnxq.passes.ops import OPS, activation_inputs, is_constant, kernel_rows, weight_axis
 from onnxq.schemes import FORMATS, PerChannel, QuantScheme
 from onnxq.serialization import op_type_of
 from onnxq.targets import Target, load_target
@@ -116,8 +116,8 @@ class _Lint:
         if (
             not self.target.stored_weights
             and node.op == "Cast"
-            and (values := values_of(node.inputs[0])) is not None
-            and values.dtype.kind in "iu"
+            and is_constant(node.inputs[0])
+            and "int" in str(node.inputs[0].dtype)
             and str(node.outputs[0].dtype) in FLOATS
         ):
             text = "a weight is unpacked by Cast: the target does not compute that at load"
@@ -151,7 +151,7 @@ class _Lint:
 
     def is_folded(self, node: gs.Node) -> bool:
         """Whether it computes a constant: Mul(Cast(integers), scale) and the like."""
-        sources = [producer(t) for t in node.inputs if t.name and values_of(t) is None]
+        sources = [producer(t) for t in node.inputs if t.name and not is_constant(t)]
         return all(
             s is not None and s.op in ("Cast", "Sub", "Mul", "Gather") and self.is_folded(s)
             for s in sources
@@ -162,8 +162,8 @@ class _Lint:
         rule = self.target.operators.get(node.op)
         before = producer(node.inputs[0]) if node.inputs else None
         if before is not None and clamp_behind(before) is node and self.is_float(before):
-            own = self.why_float(before)
-            if own is None:
+            fused = self.target.operators.get(before.op)
+            if self.why_float(before) is None and fused is not None and fused.output != "float":
                 return None  # a part of the operator before
         if rule is None or node.op not in OPS:
             return f"{self.target.name} has no integer {node.op}"

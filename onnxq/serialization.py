@@ -37,11 +37,14 @@ SAME_MEANING = ("QuantizeLinear", "DequantizeLinear")
 """Operators of com.microsoft that do what the standard's do (they took 16 bits before it did)."""
 
 
-def op_of(domain: str, op_type: str) -> str:
+def op_of(domain: str, op_type: str | bytes) -> str:
     """The operator's name as nodes have it: never that of a standard one that it is not.
 
     A foreign operator that is called Conv is "domain::Conv": no rule is to take it for the other.
+    Raises UnicodeDecodeError for a name that is not UTF-8.
     """
+    if isinstance(op_type, bytes):  # of a damaged file
+        op_type = op_type.decode()
     if domain in DEFAULT_DOMAIN or not onnx.defs.has(op_type):
         return op_type
     is_same = domain == "com.microsoft" and op_type in SAME_MEANING
