@@ -11,10 +11,16 @@ from onnxq.passes.fold_add import fold_add
 from onnxq.passes.fold_batchnorm import fold_batchnorm
 from onnxq.passes.fold_constants import fold_constants
 from onnxq.passes.fold_mul import fold_mul
+from onnxq.passes.fold_pad import fold_pad
+from onnxq.passes.fold_shapes import fold_shapes
+from onnxq.passes.inline_if import inline_if
+from onnxq.passes.merge_reshapes import merge_reshapes
+from onnxq.passes.merge_slices import merge_slices
 from onnxq.passes.quantize_static import QuantizeStatic
 from onnxq.passes.quantize_weights import QuantizeWeights
 from onnxq.passes.raise_opset import RaiseOpset
 from onnxq.passes.share_initializers import share_initializers
+from onnxq.passes.share_nodes import share_nodes
 from onnxq.passes.simplify_qdq import simplify_qdq
 
 # All float-preserving passes until nothing changes.
@@ -22,8 +28,8 @@ cleanup = Fixpoint(
     Pipeline(
         "cleanup",
         (
-            fold_constants, drop_noops, fold_batchnorm, fold_mul, fold_add, drop_dead_nodes,
-            share_initializers,
+            fold_constants, drop_noops, fold_shapes, inline_if, merge_slices, share_nodes, fold_pad,
+            merge_reshapes, fold_batchnorm, fold_mul, fold_add, drop_dead_nodes, share_initializers,
         ),
     )
 )  # fmt: skip
@@ -37,10 +43,16 @@ PASSES: dict[str, Pass | type[Any]] = {
     "fold_batchnorm": fold_batchnorm,
     "fold_constants": fold_constants,
     "fold_mul": fold_mul,
+    "fold_pad": fold_pad,
+    "fold_shapes": fold_shapes,
+    "inline_if": inline_if,
+    "merge_reshapes": merge_reshapes,
+    "merge_slices": merge_slices,
     "quantize_static": QuantizeStatic,
     "quantize_weights": QuantizeWeights,
     "raise_opset": RaiseOpset,
     "share_initializers": share_initializers,
+    "share_nodes": share_nodes,
     "simplify_qdq": simplify_qdq,
 }
 
@@ -56,6 +68,12 @@ __all__ = [
     "fold_batchnorm",
     "fold_constants",
     "fold_mul",
+    "fold_pad",
+    "fold_shapes",
+    "inline_if",
+    "merge_reshapes",
+    "merge_slices",
     "share_initializers",
+    "share_nodes",
     "simplify_qdq",
 ]
