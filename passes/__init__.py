@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from onnxq.core import Fixpoint, Pass, Pipeline
+from onnxq.passes.cancel_transposes import cancel_transposes
 from onnxq.passes.drop_dead_nodes import drop_dead_nodes
 from onnxq.passes.drop_noops import drop_noops
 from onnxq.passes.fold_add import fold_add
@@ -13,6 +14,8 @@ from onnxq.passes.fold_constants import fold_constants
 from onnxq.passes.fold_mul import fold_mul
 from onnxq.passes.fold_pad import fold_pad
 from onnxq.passes.fold_shapes import fold_shapes
+from onnxq.passes.fuse_activations import fuse_activations
+from onnxq.passes.fuse_normalisations import fuse_normalisations
 from onnxq.passes.inline_if import inline_if
 from onnxq.passes.merge_reshapes import merge_reshapes
 from onnxq.passes.merge_slices import merge_slices
@@ -29,13 +32,15 @@ cleanup = Fixpoint(
         "cleanup",
         (
             fold_constants, drop_noops, fold_shapes, inline_if, merge_slices, share_nodes, fold_pad,
-            merge_reshapes, fold_batchnorm, fold_mul, fold_add, drop_dead_nodes, share_initializers,
+            cancel_transposes, merge_reshapes, fuse_normalisations, fuse_activations,
+            fold_batchnorm, fold_mul, fold_add, drop_dead_nodes, share_initializers,
         ),
     )
 )  # fmt: skip
 
 # Values are passes; classes take options.
 PASSES: dict[str, Pass | type[Any]] = {
+    "cancel_transposes": cancel_transposes,
     "cleanup": cleanup,
     "drop_dead_nodes": drop_dead_nodes,
     "drop_noops": drop_noops,
@@ -45,6 +50,8 @@ PASSES: dict[str, Pass | type[Any]] = {
     "fold_mul": fold_mul,
     "fold_pad": fold_pad,
     "fold_shapes": fold_shapes,
+    "fuse_activations": fuse_activations,
+    "fuse_normalisations": fuse_normalisations,
     "inline_if": inline_if,
     "merge_reshapes": merge_reshapes,
     "merge_slices": merge_slices,
@@ -61,6 +68,7 @@ __all__ = [
     "QuantizeStatic",
     "QuantizeWeights",
     "RaiseOpset",
+    "cancel_transposes",
     "cleanup",
     "drop_dead_nodes",
     "drop_noops",
@@ -70,6 +78,8 @@ __all__ = [
     "fold_mul",
     "fold_pad",
     "fold_shapes",
+    "fuse_activations",
+    "fuse_normalisations",
     "inline_if",
     "merge_reshapes",
     "merge_slices",

@@ -17,7 +17,7 @@ from onnxq.model import Model, producer, values_of
 from onnxq.passes.ops import clamp_bounds
 
 READERS = ("Conv", "AveragePool", "MaxPool")
-LOWEST = -3.4e38
+LOWEST = -3.3e38  # as good as minus infinity
 
 
 @rewrites("Pad")

@@ -74,7 +74,11 @@ def _rewrite(
     if (twin := first.setdefault(key, out)) is not out:
         model.replace(out, twin)
         return f"the same sizes as {twin.name}"
-    return _as_shape(model, sizes, node, known)
+    made = _as_shape(model, sizes, node, known)
+    if made is None:
+        return None
+    first[key] = made
+    return f"{node.op} of sizes is one {made.inputs[0].op}"
 
 
 def _same_shape(model: Model, sizes: Sizes, node: gs.Node) -> str | None:
@@ -94,7 +98,7 @@ def _same_shape(model: Model, sizes: Sizes, node: gs.Node) -> str | None:
 
 
 def _constant_target(model: Model, sizes: Sizes, node: gs.Node) -> str | None:
-    if len(node.inputs) < 2 or node.attrs.get("allowzero", 0):
+    if len(node.inputs) < 2:
         return None
     wanted = sizes.values(node.inputs[1])
     source, result = sizes.shape(node.inputs[0]), sizes.shape(node.outputs[0])
@@ -107,12 +111,13 @@ def _constant_target(model: Model, sizes: Sizes, node: gs.Node) -> str | None:
     target = target_of(source, resting) or target_of(source, result)
     if target is None:
         return None
+    node.attrs.pop("allowzero", None)  # there is no zero that it would make a difference to
     node.inputs[1] = model.constant(f"{node.outputs[0].name}_shape", np.array(target, np.int64))
     return f"Reshape to {target}"
 
 
-def _as_shape(model: Model, sizes: Sizes, node: gs.Node, known: Known) -> str | None:
-    """One operator over a tensor whose sizes these are."""
+def _as_shape(model: Model, sizes: Sizes, node: gs.Node, known: Known) -> gs.Tensor | None:
+    """The result of one operator over a tensor whose sizes these are."""
     out = node.outputs[0]
     if node.op == "Shape" or len(out.shape) != 1 or np.dtype(out.dtype) != np.int64:
         return None
@@ -136,7 +141,7 @@ def _as_shape(model: Model, sizes: Sizes, node: gs.Node, known: Known) -> str | 
         else:
             continue
         model.replace(out, made)
-        return f"{node.op} of sizes is one {made.inputs[0].op}"
+        return made
     return None
 
 

@@ -1,6 +1,8 @@
 """Merge a Slice of a Slice along other axes.
 
-y = Slice(Slice(x, axis 2), axis 3)    =>    y = Slice(x, axes 2 and 3)
+    y = Slice(Slice(x, axis 2), axis 3)    =>    y = Slice(x, axes 2 and 3)
+
+All Slices that read the first one are merged with it, so that it goes.
 """
 
 from __future__ import annotations

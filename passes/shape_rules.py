@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import onnx_graphsurgeon as gs
 
 from onnxq.model import values_of
-from onnxq.passes.size_algebra import Known, Shape, Size, broadcast, product, quotient
+from onnxq.passes.size_algebra import Known, Shape, Size, broadcast, cut, product, quotient
 
 if TYPE_CHECKING:
     from onnxq.passes.sizes import Sizes
@@ -38,7 +38,7 @@ REDUCE = frozenset(
 
 
 def axes_of(node: gs.Node, index: int = 1) -> list[int] | None:
-    """The `axes` of a node, an attribute in old opsets and an input in new ones; [] when omitted."""
+    """The `axes` of a node, an attribute in old opsets, an input in new ones; [] without."""
     if "axes" in node.attrs:
         return [int(a) for a in node.attrs["axes"]]
     if len(node.inputs) <= index or not node.inputs[index].name:
@@ -157,8 +157,21 @@ def _slice(sizes: Sizes, node: gs.Node, shapes: Shapes) -> Sequence[Size | None]
             return None
     if starts is None:
         return None
-    cut = {a % len(shape) for a in (axes or range(len(starts)))}
-    return [None if i in cut else d for i, d in enumerate(shape)]
+    result: Known = list(shape)
+    for i, axis in enumerate(axes or range(len(starts))):
+        result[axis] = None if i or len(starts) > 1 else _first_ones(sizes, node, shape[axis])
+    return result
+
+
+def _first_ones(sizes: Sizes, node: gs.Node, size: Size) -> Size | None:
+    """The size of a Slice from the start to an end that is known."""
+    if len(node.inputs) < 3 or sizes.values(node.inputs[1]) != [0]:
+        return None
+    ends = sizes.values(node.inputs[2])
+    steps = sizes.values(node.inputs[4]) if len(node.inputs) > 4 else [1]
+    if ends is None or len(ends) != 1 or ends[0] is None or steps != [1]:
+        return None
+    return cut(ends[0], size)
 
 
 def _gather(sizes: Sizes, node: gs.Node, shapes: Shapes) -> Sequence[Size | None] | None:

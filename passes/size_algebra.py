@@ -60,8 +60,28 @@ def broadcast(shapes: Sequence[Shape | None]) -> Known | None:
         if numbers or not dims:
             result.append(next(iter(numbers), 1))
         else:
-            result.append(next(iter(dims)) if len(dims) == 1 else None)
+            result.append(_common([d for d in dims if isinstance(d, str)]))
     return result
+
+
+def _common(symbols: list[str]) -> Size | None:
+    """What sizes that are no numbers broadcast to."""
+    wide = [s for s in symbols if all(o == s or o.startswith(_cut(s)) for o in symbols)]
+    return wide[0] if wide else None
+
+
+def cut(size: Size, most: Size) -> Size | None:
+    """The size of an axis of `most` elements cut to its first `size`: the smaller number.
+
+    It broadcasts with `size` to `size`: the two are the same, where that is possible at all.
+    """
+    if isinstance(size, int):
+        return min(size, most) if isinstance(most, int) and size >= 0 else None
+    return f"{_cut(size)}{most})".replace("*", ".") if size != most else size
+
+
+def _cut(symbol: str) -> str:
+    return f"min({symbol.replace('*', '.')},"
 
 
 def target_of(source: Shape, result: Sequence[Size | None]) -> list[int] | None:

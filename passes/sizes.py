@@ -87,11 +87,11 @@ class Sizes:
         shapes = [self.shape(t) if t.name else None for t in node.inputs]
         rule = shape_rule(node)
         found = rule(self, node, shapes) if rule is not None else None
-        declared = out.shape
-        if found is not None and (declared is None or len(declared) == len(found)):
-            own = [_size(out, i, d) for i, d in enumerate(declared or [None] * len(found))]
-            pairs = zip(found, own, strict=True)
-            self._set(out, [b if a is None or isinstance(b, int) else a for a, b in pairs])
+        for made in node.outputs if node.op == "Split" else [out]:
+            if found is not None and (made.shape is None or len(made.shape) == len(found)):
+                own = [_size(made, i, d) for i, d in enumerate(made.shape or [None] * len(found))]
+                pairs = zip(found, own, strict=True)
+                self._set(made, [b if a is None or isinstance(b, int) else a for a, b in pairs])
         if (value := VALUES.get(node.op)) is not None:
             known = value(self, node)
             if known is not None and len(known) <= LONGEST and any(k is not None for k in known):

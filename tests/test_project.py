@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 # Modules of passes/ that are no passes: what several passes share.
 SHARED = {
     "ops", "work", "costs", "placement", "sensitive", "linear",
-    "sizes", "size_algebra", "shape_rules", "value_rules",
+    "sizes", "size_algebra", "shape_rules", "value_rules", "activations",
 }  # fmt: skip
 
 

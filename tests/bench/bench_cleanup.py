@@ -50,7 +50,8 @@ def slimmed(path: Path) -> onnx.ModelProto:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return onnxslim.slim(str(path))
+        result: onnx.ModelProto = onnxslim.slim(str(path))
+    return result
 
 
 def measure(path: Path, seconds: float) -> dict[str, Any]:
@@ -84,7 +85,8 @@ def text(row: Mapping[str, Any]) -> str:
     """A row of the table as text."""
     if "error" in row:
         return f"{row['model']:24} {row['error']}"
-    ours = f"{row['nodes']:6} {row['onnxq_nodes']:6} x{row['onnxq_time']:5.3f} {row['onnxq_distance']:8.1e}"
+    ours = f"{row['nodes']:6} {row['onnxq_nodes']:6} x{row['onnxq_time']:5.3f}"
+    ours += f" {row['onnxq_distance']:8.1e}"
     if "slim_error" in row:
         return f"{row['model']:24} {ours}   onnxslim: {row['slim_error']}"
     slim = f"{row['slim_nodes']:6} x{row['slim_time']:5.3f} {row['slim_distance']:8.1e}"

@@ -1,0 +1,60 @@
+"""The ONNX backend suite through clean-up and the default recipe.
+
+All converted and real-architecture models, and each eighth of the node models; all of them:
+`python tests/bench/bench_backend.py`.
+"""
+
+from __future__ import annotations
+
+from itertools import chain, islice
+
+import numpy as np
+import onnx
+from backend_cases import (
+    Case,
+    converted_cases,
+    judged,
+    light_cases,
+    node_cases,
+    quantized,
+    verdict,
+)
+
+EACH = 8
+NODES = list(islice(node_cases(), 0, None, EACH))
+
+
+def test_cleanup_keeps_interface_and_results_of_node_models() -> None:
+    verdicts = {case.name: verdict(case) for case in NODES}
+    assert set(verdicts.values()) <= {"same", "not run"}, verdicts
+    assert sum(v == "same" for v in verdicts.values()) > 0.8 * len(NODES)
+
+
+def test_cleanup_keeps_interface_and_results_of_converted_models() -> None:
+    verdicts = {case.name: verdict(case) for case in converted_cases()}
+    assert set(verdicts.values()) <= {"same", "not run"}, verdicts
+
+
+def test_cleanup_keeps_interface_and_results_of_real_architectures() -> None:
+    verdicts = {case.name: verdict(case) for case in islice(light_cases(), 0, None, 3)}
+    assert set(verdicts.values()) == {"same"}, verdicts
+
+
+def test_the_default_recipe_gives_a_valid_model_or_a_reason() -> None:
+    """Anything but an OnnxqError fails here by itself."""
+    texts = [quantized(case) for case in chain(islice(NODES, 0, None, 3), converted_cases())]
+    assert sum(text == "quantized" for text in texts) > 10
+
+
+def test_the_verdict_can_be_bad() -> None:
+    model = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["": 17]> g (float[2] x) => (float[2] y) { y = Relu(x) }'
+    )
+    other = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["": 17]> g (float[2] x) => (float[2] y) { y = Neg(x) }'
+    )
+    case = Case("relu", model, {"x": np.array([1.0, -1.0], np.float32)})
+    assert verdict(case) == "same"
+    assert judged(case, other).startswith("outputs differ")
+    other.graph.output[0].name = "z"
+    assert judged(case, other) == "the outputs differ"
