@@ -188,6 +188,8 @@ def test_sizes_multiply_and_divide() -> None:
     assert broadcast([["a"], None]) is None
     cut_a, other = cut("a", 100), cut("a", 50)
     assert cut_a != other
+    assert cut_a is not None
+    assert other is not None
     assert broadcast([["a"], [cut_a]]) == ["a"]
     assert broadcast([[cut_a], [other]]) == [None]
     assert cut(3, 2) == 2

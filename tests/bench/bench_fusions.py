@@ -17,22 +17,34 @@ from onnx import parser
 from onnxq import runtime
 
 SIZES = ((1, 16, 64), (1, 197, 768), (1, 64, 56, 56))
-CONSTANTS = "float zero = {0.0}, float half = {0.5}, float one = {1.0}, float root = {1.4142135}, float two = {2.0}, float three = {3.0}, float six = {6.0}, float k = {0.7978846}, float c = {0.044715}, float e = {0.00001}, int64[1] last = {-1}"
+CONSTANTS = (
+    "float zero = {0.0}, float half = {0.5}, float one = {1.0}, float root = {1.4142135},"
+    " float two = {2.0}, float three = {3.0}, float six = {6.0}, float k = {0.7978846},"
+    " float c = {0.044715}, float e = {0.00001}, int64[1] last = {-1}"
+)
 NORMAL = "p = Pow(d, two) v = ReduceMean(p, last) w = Add(v, e) s = Sqrt(w) n = Div(d, s)"
-FORMS = {
-    "Gelu, erf": (20, "u = Div(h, root) r = Erf(u) a = Add(r, one) q = Mul(h, a) y = Mul(q, half)",
-                  "y = Gelu(h)"),
-    "Gelu, tanh": (20, "p = Pow(h, three) q = Mul(p, c) i = Add(h, q) j = Mul(i, k) t = Tanh(j) a = Add(t, one)"
-                   " m = Mul(h, a) y = Mul(m, half)", 'y = Gelu<approximate = "tanh">(h)'),
-    "HardSwish, HardSigmoid": (14, "s = HardSigmoid<alpha = 0.16666667, beta = 0.5>(h) y = Mul(h, s)", "y = HardSwish(h)"),
-    "HardSwish, Clip": (14, "a = Add(h, three) s = Clip(a, zero, six) m = Mul(h, s) y = Div(m, six)", "y = HardSwish(h)"),
-    "HardSigmoid, Clip": (14, "a = Add(h, three) s = Clip(a, zero, six) y = Div(s, six)",
-                          "y = HardSigmoid<alpha = 0.16666667, beta = 0.5>(h)"),
+SIGMOID = "y = HardSigmoid<alpha = 0.16666667, beta = 0.5>(h)"
+ERF = "u = Div(h, root) r = Erf(u) a = Add(r, one) q = Mul(h, a) y = Mul(q, half)"
+TANH = (
+    "p = Pow(h, three) q = Mul(p, c) i = Add(h, q) j = Mul(i, k) t = Tanh(j) a = Add(t, one)"
+    " m = Mul(h, a) y = Mul(m, half)"
+)
+CLIPPED = "a = Add(h, three) s = Clip(a, zero, six)"
+LAYER = f"m = ReduceMean(h, last) d = Sub(h, m) {NORMAL} g = Mul(n, scale) y = Add(g, scale)"
+FORMS = {  # name: opset, several operators, one operator
+    "Gelu, erf": (20, ERF, "y = Gelu(h)"),
+    "Gelu, tanh": (20, TANH, 'y = Gelu<approximate = "tanh">(h)'),
+    "HardSwish, HardSigmoid": (
+        14, SIGMOID.replace("y", "s", 1) + " y = Mul(h, s)", "y = HardSwish(h)"
+    ),
+    "HardSwish, Clip": (14, f"{CLIPPED} m = Mul(h, s) y = Div(m, six)", "y = HardSwish(h)"),
+    "HardSigmoid, Clip": (14, f"{CLIPPED} y = Div(s, six)", SIGMOID),
     "Mish": (18, "s = Softplus(h) t = Tanh(s) y = Mul(h, t)", "y = Mish(h)"),
     "Swish (not done)": (24, "s = Sigmoid(h) y = Mul(h, s)", "y = Swish(h)"),
-    "LayerNormalization": (18, f"m = ReduceMean(h, last) d = Sub(h, m) {NORMAL} g = Mul(n, scale) y = Add(g, scale)",
-                           "y = LayerNormalization(h, scale, scale)"),
-    "RMSNormalization": (23, f"d = Identity(h) {NORMAL} y = Mul(n, scale)", "y = RMSNormalization(h, scale)"),
+    "LayerNormalization": (18, LAYER, "y = LayerNormalization(h, scale, scale)"),
+    "RMSNormalization": (
+        23, f"d = Identity(h) {NORMAL} y = Mul(n, scale)", "y = RMSNormalization(h, scale)"
+    ),
 }  # fmt: skip
 
 
@@ -60,8 +72,9 @@ def main() -> None:
         ratios = []
         for shape in SIZES:
             feed = {"x": rng.normal(0, 1, shape).astype(np.float32)}
-            pair = (model(body, opset, shape) for body in (several, one))
-            ratios.append(runtime.latency(*pair, feed, seconds=options.seconds).ratio)
+            before, after = (model(body, opset, shape) for body in (several, one))
+            timed = runtime.latency(before, after, feed, seconds=options.seconds)
+            ratios.append(timed.ratio)
         print(f"{name:24} " + "  ".join(f"x{ratio:.2f}" for ratio in ratios), flush=True)
 
 
