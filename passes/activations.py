@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from math import erf, pi, sqrt
 from typing import Any
 
@@ -193,8 +194,12 @@ def _match(source: gs.Tensor, result: gs.Tensor, nodes: list[gs.Node]) -> Activa
         given = [values.get(id(t), _number(t)) for t in operands]
         with np.errstate(all="ignore"):
             values[id(node.outputs[0])] = EVALUATE[node.op](node, *given)
-    made = values[id(result)]
-    for activation in ACTIVATIONS:
-        if np.allclose(made, activation.function(GRID), rtol=CLOSE, atol=CLOSE):
+    for activation, expected in zip(ACTIVATIONS, _expected(), strict=True):
+        if np.allclose(values[id(result)], expected, rtol=CLOSE, atol=CLOSE):
             return activation
     return None
+
+
+@cache
+def _expected() -> tuple[Values, ...]:
+    return tuple(activation.function(GRID) for activation in ACTIVATIONS)

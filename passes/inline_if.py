@@ -8,8 +8,6 @@ with it weights that only it reads.
 
 from __future__ import annotations
 
-from itertools import chain
-
 import onnx_graphsurgeon as gs
 
 from onnxq.core import Skip, rewrites
@@ -58,6 +56,6 @@ def _rename(model: Model, body: gs.Graph) -> None:
     taken = {
         name for graph in walk(model.graph) if graph is not body for name in local_tensors(graph)
     }
-    for tensor in chain(local_tensors(body).values()):
+    for tensor in local_tensors(body).values():
         if tensor.name in taken:
             tensor.name = model.unique(f"{tensor.name}_inlined")
