@@ -8,6 +8,7 @@ from onnxq.core import Fixpoint, Pass, Pipeline
 from onnxq.passes.cancel_transposes import cancel_transposes
 from onnxq.passes.drop_dead_nodes import drop_dead_nodes
 from onnxq.passes.drop_noops import drop_noops
+from onnxq.passes.drop_zero_states import drop_zero_states
 from onnxq.passes.fold_add import fold_add
 from onnxq.passes.fold_batchnorm import fold_batchnorm
 from onnxq.passes.fold_constants import fold_constants
@@ -32,8 +33,9 @@ cleanup = Fixpoint(
         "cleanup",
         (
             fold_constants, drop_noops, fold_shapes, inline_if, merge_slices, share_nodes, fold_pad,
-            cancel_transposes, merge_reshapes, fuse_normalisations, fuse_activations,
-            fold_batchnorm, fold_mul, fold_add, drop_dead_nodes, share_initializers,
+            drop_zero_states, cancel_transposes, merge_reshapes, fuse_normalisations,
+            fuse_activations, fold_batchnorm, fold_mul, fold_add, drop_dead_nodes,
+            share_initializers,
         ),
     )
 )  # fmt: skip
@@ -44,6 +46,7 @@ PASSES: dict[str, Pass | type[Any]] = {
     "cleanup": cleanup,
     "drop_dead_nodes": drop_dead_nodes,
     "drop_noops": drop_noops,
+    "drop_zero_states": drop_zero_states,
     "fold_add": fold_add,
     "fold_batchnorm": fold_batchnorm,
     "fold_constants": fold_constants,
@@ -72,6 +75,7 @@ __all__ = [
     "cleanup",
     "drop_dead_nodes",
     "drop_noops",
+    "drop_zero_states",
     "fold_add",
     "fold_batchnorm",
     "fold_constants",

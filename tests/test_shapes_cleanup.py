@@ -12,6 +12,7 @@ from onnxq.model import Model
 from onnxq.passes import (
     cleanup,
     drop_noops,
+    drop_zero_states,
     fold_pad,
     fold_shapes,
     inline_if,
@@ -208,3 +209,27 @@ def test_what_only_drops_axes_is_no_noop() -> None:
         drop_noops, graph("h = Squeeze(x, zero) y = Relu(h)", "float[1, 3] x", "float[a] y")
     )
     assert checked.ops == {"Squeeze": 1, "Relu": 1}
+
+
+SEQUENCE = "float[5, N, 2] x"
+ZEROS = "s = Shape(x) n = Slice(s, one, two) f = Concat<axis = 0>(one, n, three) "
+STATES = [
+    pytest.param(ZEROS + "h = ConstantOfShape(f) y = GRU<hidden_size = 3>(x, wx, wh, , , h)", ["GRU"], id="gru"),
+    pytest.param(ZEROS + "h = Expand(nothing, f) y = RNN<hidden_size = 3>(x, wx, wh, , , h)", ["RNN"], id="expanded"),
+    pytest.param(ZEROS + "h = ConstantOfShape(f) y = LSTM<hidden_size = 3>(x, wx, wh, , , h, h)", ["LSTM"], id="both"),
+    pytest.param(ZEROS + "h = ConstantOfShape(f) c = Expand(half, f) y = LSTM<hidden_size = 3>(x, wx, wh, , , h, c)",
+                 ["Concat", "Expand", "LSTM", "Shape", "Slice"], id="one-of-them"),
+    pytest.param(ZEROS + "h = Expand(half, f) y = GRU<hidden_size = 3>(x, wx, wh, , , h)", None, id="not-zero"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("body", "left"), STATES)
+def test_zero_states_are_left_out(body: str, left: list[str] | None) -> None:
+    proto = graph(body, SEQUENCE, Y4)
+    gates = {"LSTM": 4, "GRU": 3, "RNN": 1}[proto.graph.node[-1].op_type] * 3
+    rng = np.random.default_rng(0)
+    for name, width in (("wx", 2), ("wh", 3)):
+        values = rng.normal(0, 1, (1, gates, width)).astype(np.float32)
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(values, name))
+    checked = check(drop_zero_states, proto)
+    assert sorted(checked.ops.elements()) == (left or sorted(n.op_type for n in proto.graph.node))
