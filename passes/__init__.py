@@ -5,18 +5,28 @@ from __future__ import annotations
 from typing import Any
 
 from onnxq.core import Fixpoint, Pass, Pipeline
+from onnxq.passes.cancel_transposes import cancel_transposes
 from onnxq.passes.convert_float32 import convert_float32
 from onnxq.passes.drop_dead_nodes import drop_dead_nodes
 from onnxq.passes.drop_noops import drop_noops
+from onnxq.passes.drop_zero_states import drop_zero_states
 from onnxq.passes.fold_add import fold_add
 from onnxq.passes.fold_batchnorm import fold_batchnorm
 from onnxq.passes.fold_constants import fold_constants
 from onnxq.passes.fold_mul import fold_mul
+from onnxq.passes.fold_pad import fold_pad
+from onnxq.passes.fold_shapes import fold_shapes
+from onnxq.passes.fuse_activations import fuse_activations
+from onnxq.passes.fuse_normalisations import fuse_normalisations
 from onnxq.passes.inline_functions import inline_functions
+from onnxq.passes.inline_if import inline_if
+from onnxq.passes.merge_reshapes import merge_reshapes
+from onnxq.passes.merge_slices import merge_slices
 from onnxq.passes.quantize_static import QuantizeStatic
 from onnxq.passes.quantize_weights import QuantizeWeights
 from onnxq.passes.raise_opset import RaiseOpset
 from onnxq.passes.share_initializers import share_initializers
+from onnxq.passes.share_nodes import share_nodes
 from onnxq.passes.simplify_qdq import SimplifyQdq, simplify_qdq
 
 # All float-preserving passes until nothing changes.
@@ -24,7 +34,9 @@ cleanup = Fixpoint(
     Pipeline(
         "cleanup",
         (
-            fold_constants, drop_noops, fold_batchnorm, fold_mul, fold_add, drop_dead_nodes,
+            fold_constants, drop_noops, fold_shapes, inline_if, merge_slices, share_nodes, fold_pad,
+            drop_zero_states, cancel_transposes, merge_reshapes, fuse_normalisations,
+            fuse_activations, fold_batchnorm, fold_mul, fold_add, drop_dead_nodes,
             share_initializers,
         ),
     )
@@ -32,19 +44,29 @@ cleanup = Fixpoint(
 
 # Values are passes; classes take options.
 PASSES: dict[str, Pass | type[Any]] = {
+    "cancel_transposes": cancel_transposes,
     "cleanup": cleanup,
     "convert_float32": convert_float32,
     "drop_dead_nodes": drop_dead_nodes,
     "drop_noops": drop_noops,
+    "drop_zero_states": drop_zero_states,
     "fold_add": fold_add,
     "fold_batchnorm": fold_batchnorm,
     "fold_constants": fold_constants,
     "fold_mul": fold_mul,
+    "fold_pad": fold_pad,
+    "fold_shapes": fold_shapes,
+    "fuse_activations": fuse_activations,
+    "fuse_normalisations": fuse_normalisations,
     "inline_functions": inline_functions,
+    "inline_if": inline_if,
+    "merge_reshapes": merge_reshapes,
+    "merge_slices": merge_slices,
     "quantize_static": QuantizeStatic,
     "quantize_weights": QuantizeWeights,
     "raise_opset": RaiseOpset,
     "share_initializers": share_initializers,
+    "share_nodes": share_nodes,
     "simplify_qdq": SimplifyQdq,
 }
 
@@ -54,15 +76,25 @@ __all__ = [
     "QuantizeWeights",
     "RaiseOpset",
     "SimplifyQdq",
+    "cancel_transposes",
     "cleanup",
     "convert_float32",
     "drop_dead_nodes",
     "drop_noops",
+    "drop_zero_states",
     "fold_add",
     "fold_batchnorm",
     "fold_constants",
     "fold_mul",
+    "fold_pad",
+    "fold_shapes",
+    "fuse_activations",
+    "fuse_normalisations",
     "inline_functions",
+    "inline_if",
+    "merge_reshapes",
+    "merge_slices",
     "share_initializers",
+    "share_nodes",
     "simplify_qdq",
 ]

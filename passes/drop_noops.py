@@ -4,8 +4,9 @@
 
 Also: Dropout of inference, Cast to the same type, Reshape, Expand and Tile to the same shape,
 Transpose in order, Squeeze or Unsqueeze of nothing, Flatten of a matrix, Pad by nothing, Slice of
-everything, Concat, Sum, Mean, Max and Min of one tensor, Clip without bounds, Mul and Div by 1,
-Add and Sub of 0, pooling over single elements.
+everything, Concat, Sum, Mean, Max and Min of one tensor, Split into one, Clip without bounds, Mul
+and Div by 1, Add and Sub of 0, pooling over single elements. A Cast there and back, by a type that
+holds every value, goes as well.
 """
 
 from __future__ import annotations
@@ -113,7 +114,8 @@ NOOPS: dict[str, Callable[[gs.Node], bool]] = {
     "Squeeze": _same_shape,
     "Unsqueeze": _same_shape,
     "Flatten": _same_shape,
-    "Slice": lambda node: _same_shape(node) and _steps_forward(node),
+    "Slice": lambda node: (_same_shape(node) and _steps_forward(node)) or _takes_all(node),
+    "Split": lambda node: len(node.outputs) == 1,
     "Transpose": _is_in_order,
     "Pad": _has_no_padding,
     "Clip": _is_unbounded,
@@ -139,12 +141,54 @@ def _steps_forward(node: gs.Node) -> bool:
     return steps is not None and bool((steps > 0).all())
 
 
+def _takes_all(node: gs.Node) -> bool:
+    """From 0 to further than any axis reaches, step 1: whatever the shape is."""
+    if len(node.inputs) < 3:
+        return False
+    given = [values_of(t) for i, t in enumerate(node.inputs) if t.name and i in (1, 2, 4)]
+    if any(v is None for v in given):
+        return False
+    starts, ends, *steps = (v for v in given if v is not None)
+    return not starts.any() and bool(
+        (ends >= FURTHEST).all() and all((s == 1).all() for s in steps)
+    )
+
+
+FURTHEST = 2**31 - 1  # exporters write that, or its like in 64 bits, for the end of an axis
+
+
+def _cast_from(node: gs.Node) -> gs.Tensor | None:
+    """What a Cast there and back started from; None where the way there may lose something."""
+    there = node.inputs[0].inputs[0] if node.inputs[0].inputs else None
+    if node.op != "Cast" or there is None or there.op != "Cast" or there.domain:
+        return None
+    source = there.inputs[0]
+    if source.dtype is None or (source.dtype, node.attrs["to"]) not in {
+        (np.dtype(narrow), onnx.helper.np_dtype_to_tensor_dtype(np.dtype(narrow)))
+        for narrow, wide in WIDER
+        if onnx.helper.np_dtype_to_tensor_dtype(np.dtype(wide)) == there.attrs["to"]
+    }:
+        return None
+    return source
+
+
+WIDER = (
+    (np.float16, np.float32), (np.float16, np.float64), (np.float32, np.float64),
+    (np.int32, np.int64), (np.int8, np.int32), (np.int8, np.int64), (np.uint8, np.int32),
+    (np.uint8, np.int64), (np.int32, np.float64), (np.bool_, np.float32), (np.bool_, np.int32),
+    (np.bool_, np.int64), (np.uint8, np.float32), (np.int8, np.float32),
+)  # fmt: skip
+
+
 @rewrites(*NOOPS)
 def drop_noops(model: Model, node: gs.Node) -> str | None:
     """Let what reads the result read the input; names of graph inputs and outputs stay."""
-    if node.domain or not node.inputs or not NOOPS[node.op](node):
+    if node.domain or not node.inputs:
         return None
-    source, result = node.inputs[0], node.outputs[0]
+    begin = _cast_from(node)
+    if begin is None and not NOOPS[node.op](node):
+        return None
+    source, result = node.inputs[0] if begin is None else begin, node.outputs[0]
     if model.is_output(result):
         if isinstance(source, gs.Constant) or model.is_input(source) or not source.inputs:
             raise Skip(f"{result.name} is an output, {source.name} has a name to keep too")

@@ -12,6 +12,7 @@ import onnx_graphsurgeon as gs
 
 from onnxq.core import Skip, rewrites
 from onnxq.model import Model, values_of
+from onnxq.passes.activations import is_part_of_activation
 from onnxq.passes.linear import (
     LINEAR,
     bias_of,
@@ -33,6 +34,8 @@ def fold_mul(model: Model, node: gs.Node) -> str | None:
     if values_of(node.inputs[at]) is None or (node.op == "Div" and at == 0):
         return None
     data, factor = node.inputs[1 - at], node.inputs[at]
+    if is_part_of_activation(model, node):
+        raise Skip("it is part of a Gelu, which runtimes know as one operator")
     before = layer_before(data)
     after = node.outputs[0].outputs[0] if len(node.outputs[0].outputs) == 1 else None
     if before is not None and values_of(before.inputs[1]) is not None:

@@ -94,6 +94,7 @@ class QuantizeStatic:
             ]
             floats |= more
             placement = place(model, target, floats, shapes)
+            statistics = self._completed(model, placement, statistics)
         ranges = activation_params(model, target, placement, statistics, self.range)
         notes = _Editor(model, target, ranges, self.weight_range).edit(placement)
         model.sweep()
@@ -114,12 +115,26 @@ class QuantizeStatic:
             return cast(Mapping[str, Histogram], found)
         if not wanted:
             return {}
+        return self._calibrated(model, wanted, {})
+
+    def _completed(
+        self, model: Model, placement: Placement, known: Mapping[str, Histogram]
+    ) -> Mapping[str, Histogram]:
+        """Statistics of tensors that were another's copy while their producer was quantized."""
+        wanted = {name for sources in placement.sources.values() for name in sources}
+        missing = wanted - known.keys()
+        return self._calibrated(model, missing, known) if missing else known
+
+    def _calibrated(
+        self, model: Model, wanted: set[str], known: Mapping[str, Histogram]
+    ) -> Mapping[str, Histogram]:
         made = calibrate(
             model, dict.fromkeys(sorted(wanted), Histogram), self.samples, progress=self.progress
         )
+        together = {**known, **cast(Mapping[str, Histogram], made)}
         if self.calibration is not None:
-            save_calibration(self.calibration, made, meta={"samples": len(self.samples)})
-        return cast(Mapping[str, Histogram], made)
+            save_calibration(self.calibration, together, meta={"samples": len(self.samples)})
+        return together
 
 
 class _Editor:

@@ -15,7 +15,10 @@ from onnxq.passes import PASSES
 
 ROOT = Path(__file__).parent.parent
 # Modules of passes/ that are no passes: what several passes share.
-SHARED = {"ops", "work", "costs", "placement", "ranges", "sensitive", "linear"}
+SHARED = {
+    "ops", "work", "costs", "placement", "ranges", "sensitive", "linear",
+    "sizes", "size_algebra", "shape_rules", "value_rules", "activations",
+}  # fmt: skip
 
 
 def imports(path: Path) -> Iterator[str]:
