@@ -42,6 +42,8 @@ def op_of(domain: str, op_type: str) -> str:
 
     A foreign operator that is called Conv is "domain::Conv": no rule is to take it for the other.
     """
+    if not isinstance(op_type, str):  # protobuf gives bytes for what is not UTF-8
+        raise ModelError("damaged (an operator's name is not UTF-8); download or export it again")
     if domain in DEFAULT_DOMAIN or not onnx.defs.has(op_type):
         return op_type
     is_same = domain == "com.microsoft" and op_type in SAME_MEANING
