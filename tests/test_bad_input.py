@@ -230,6 +230,12 @@ def test_an_operator_that_onnxruntime_does_not_know(tmp_path: Path, place: Path)
     )
 
 
+def test_an_output_without_a_type_is_not_what_is_wrong(tmp_path: Path, place: Path) -> None:
+    text = CUSTOM.replace("(float[N, 4] y)", "(y)")
+    model = written(tmp_path / "m.onnx", text, weights={"w": np.eye(4, dtype=np.float32)})
+    refused(run("optimize", model, place), 2, "my.domain:Magic", "--recipe cleanup can do without")
+
+
 def test_inputs_too_large_for_made_up_samples(tmp_path: Path, place: Path) -> None:
     text = HEAD + f"(float[{HUGE}] x) => (float[{HUGE}] y) {{ y = Relu (x) }}"
     model = written(tmp_path / "m.onnx", text)
