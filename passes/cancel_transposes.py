@@ -5,8 +5,8 @@
     y = Transpose(Transpose(x))                          =>    y = Transpose'(x)
     y = ReduceMean(Transpose(x)), not keeping axes       =>    y = ReduceMean'(x)
 
-From a Transpose upwards: elementwise operators, Softmax, Concat, reductions, Slice and Pad compute
-the same on transposed inputs, with their axes renamed. Where such a region ends at a Transpose that
+From a Transpose upwards: elementwise operators, Softmax, Concat and reductions compute the same on
+transposed inputs, with their axes renamed. Where such a region ends at a Transpose that
 undoes the one it began with, both go; where it ends at something else, one is put there. It is done
 when more go than come.
 """

@@ -46,15 +46,25 @@ class FoldConstants:
         """Fold in place; a note for each node, and for each result that would be too large."""
         notes = [note for node in model.nodes("Constant") if (note := _unwrap(model, node))]
         notes += [n for node in model.nodes("Shape", "Size") if (n := _static(model, node))]
+        _make_scalars(model)
         declined: list[Note] = []
         for graph in model.graphs():
             chosen, left = _foldable(model, graph)
             declined += left
             if chosen:
                 notes += _evaluate(model, chosen)
+        _make_scalars(model)
         if notes:
             model.sweep()
         return [*notes, *declined]
+
+
+def _make_scalars(model: Model) -> None:
+    """Give Range scalars: vectors of one, which it takes at run time, keep a model from loading."""
+    for node in model.nodes("Range"):
+        for i, tensor in enumerate(node.inputs):
+            if isinstance(tensor, gs.Constant) and tuple(tensor.shape) == (1,):
+                node.inputs[i] = model.constant(tensor.name, tensor.values.reshape(()))
 
 
 def _unwrap(model: Model, node: gs.Node) -> Note | None:
