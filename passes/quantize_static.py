@@ -23,6 +23,7 @@ from onnxq.calibration import calibrate, load_calibration, save_calibration
 from onnxq.core import Note
 from onnxq.data import Samples
 from onnxq.errors import DataError
+from onnxq.fingerprint import fingerprint
 from onnxq.model import Model, readers, values_of
 from onnxq.numerics.affine import next_power_of_two
 from onnxq.numerics.saturation import safe_scale
@@ -106,11 +107,13 @@ class QuantizeStatic:
         joins = (node for node in placement.nodes.values() if node.op == "Concat")
         wanted |= {placement.result(node).name for node in joins}
         if self.calibration is not None and self.calibration.exists():
-            found, _ = load_calibration(self.calibration)
-            if missing := sorted(wanted - found.keys()):
+            found, meta = load_calibration(self.calibration)
+            missing = sorted(wanted - found.keys())
+            if missing or meta.get("model") != fingerprint(model):
+                what = f"has no statistics of {missing[0]!r}" if missing else "is of other weights"
                 raise DataError(
-                    f"{self.calibration}: has no statistics of {missing[0]!r}: it was made from "
-                    "another model or target; delete it, or give another --calibration"
+                    f"{self.calibration}: {what}: it was made from another model or target, or "
+                    "with other passes before; delete it, or give another --calibration"
                 )
             return cast(Mapping[str, Histogram], found)
         if not wanted:
@@ -133,7 +136,8 @@ class QuantizeStatic:
         )
         together = {**known, **cast(Mapping[str, Histogram], made)}
         if self.calibration is not None:
-            save_calibration(self.calibration, together, meta={"samples": len(self.samples)})
+            meta = {"samples": len(self.samples), "model": fingerprint(model)}
+            save_calibration(self.calibration, together, meta=meta)
         return together
 
 

@@ -408,6 +408,15 @@ def test_a_calibration_of_another_model_is_refused(tmp_path: Path) -> None:
         quantized(other, calibration=path)
 
 
+def test_a_calibration_of_other_weights_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "ranges.npz"
+    body = f"c = Conv(x, w, b) e = Conv(c, w2) {TAIL}"
+    quantized(model(body, outputs="float[a, b] y"), calibration=path)
+    retrained = model(body, outputs="float[a, b] y", w=np.full(SHAPES["w"], 0.1))
+    with pytest.raises(DataError, match="is of other weights"):
+        quantized(retrained, calibration=path)
+
+
 SCHEMES = [
     pytest.param("uint8", False, QuantScheme("int8", PerChannel()), id="u8s8"),
     pytest.param("uint8", False, QuantScheme("int8", PerTensor()), id="per-tensor"),
