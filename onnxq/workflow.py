@@ -28,6 +28,7 @@ from onnxq.job import Job, Progress
 from onnxq.loading import ModelLike, PathLike, load, name_of, size_of
 from onnxq.model import Model
 from onnxq.ortformat import check_name, write_ort
+from onnxq.passes.convert_float32 import convert_float32
 from onnxq.passes.placement import place
 from onnxq.passes.sensitive import graph_rules
 from onnxq.passes.work import macs
@@ -197,12 +198,16 @@ def _written(model: Model, output: PathLike | None, target: Target) -> tuple[int
 
 
 def inspect(model: ModelLike, *, target: str = "ort-cpu") -> Inspection:
-    """Say what a model is made of, and what a target could quantize of it.
+    """Say what a model is made of, and what a target could quantize of it, functions inlined.
 
     Raises ModelError for what is not a model, RecipeError for an unknown target.
     """
     aim, found = load_target(target), load(model)
-    placement = place(found, aim, graph_rules(found, macs(found)), {})
+    inside = found.copy()  # as a recipe sees it
+    inside.inline_functions()
+    convert_float32(inside)
+    inside.separate_names()
+    placement = place(inside, aim, graph_rules(inside, macs(inside)), {})
     sizes: Counter[str] = Counter()
     parameters = 0
     for graph in found.graphs():
@@ -222,7 +227,7 @@ def inspect(model: ModelLike, *, target: str = "ort-cpu") -> Inspection:
         functions=tuple(found.functions),
         parameters=parameters,
         bytes_by_type=dict(sizes.most_common()),
-        coverage=coverage(found),
+        coverage=coverage(inside),
         quantizable=tuple(node.name for node in placement.nodes.values()),
         notes=placement.declined,
     )

@@ -111,7 +111,7 @@ def find_activation(model: Model, core: gs.Node) -> Found | None:
     """The largest region around a node that computes an activation; None when there is none."""
     best: Found | None = None
     for source in _above(core):
-        for result, nodes in _regions(model, source):
+        for result, nodes in _regions(model, source, model.graph_of(core)):
             if core not in nodes or len(nodes) < 2 or (best and len(nodes) <= len(best.nodes)):
                 continue
             activation = _match(source, result, nodes)
@@ -159,13 +159,17 @@ def _number(tensor: gs.Tensor) -> float | None:
     return float(values.reshape(()))
 
 
-def _regions(model: Model, source: gs.Tensor) -> Iterator[tuple[gs.Tensor, list[gs.Node]]]:
-    """Results that depend elementwise on the source alone, each with the nodes between."""
+def _regions(
+    model: Model, source: gs.Tensor, home: gs.Graph
+) -> Iterator[tuple[gs.Tensor, list[gs.Node]]]:
+    """Results in one graph that depend elementwise on the source alone, with the nodes between."""
     behind: dict[int, list[gs.Node]] = {id(source): []}
     tensors = [source]
     for tensor in tensors:  # grows while it is gone through
         for node in tensor.outputs:
             if node.op not in EVALUATE or node.domain or len(node.outputs) != 1:
+                continue
+            if model.graph_of(node) is not home:
                 continue
             out = node.outputs[0]
             operands = node.inputs if node.op != "Clip" else node.inputs[:1]

@@ -69,7 +69,7 @@ def _amounts(pad: gs.Node) -> tuple[list[int], list[int]]:
     after = dict(zip(axes, amounts[half:], strict=True))
     if any(before.get(a, 0) or after.get(a, 0) for a in (0, 1)):
         raise Skip("it pads batch or channels")
-    if min(amounts) < 0:
+    if min(amounts, default=0) < 0:
         raise Skip("it cuts")
     spatial = range(2, len(shape))
     return [before.get(a, 0) for a in spatial], [after.get(a, 0) for a in spatial]

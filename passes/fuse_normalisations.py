@@ -145,6 +145,8 @@ def _operand(
     if len(found) != 1 or model.is_output(tensor) or found[0][0].op != op:
         return tensor, None
     node, at = found[0]
+    if model.graph_of(node) is not model.home(tensor):
+        return tensor, None
     values = values_of(node.inputs[1 - at])
     if values is None or values.dtype != np.float32:
         return tensor, None

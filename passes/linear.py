@@ -19,9 +19,11 @@ Values = NDArray[Any]
 
 
 def only_reader(model: Model, tensor: gs.Tensor, reader: gs.Node) -> None:
-    """Raise Skip unless `reader` alone reads the tensor."""
+    """Raise Skip unless `reader` alone reads the tensor, in the graph that makes it."""
     if model.is_output(tensor) or len(tensor.outputs) != 1 or tensor.outputs[0] is not reader:
         raise Skip(f"{tensor.name} is also used elsewhere")
+    if model.home(tensor) is not model.graph_of(reader):
+        raise Skip(f"{tensor.name} is read in a body, and made outside of it")
 
 
 def constant(node: gs.Node, index: int) -> Values:

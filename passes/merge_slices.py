@@ -31,14 +31,13 @@ def merge_slices(model: Model, node: gs.Node) -> str | None:
     first, others = _bounds(before), [_bounds(reader) for reader in readers]
     if any(set(first) & set(other) for other in others):
         raise Skip(f"{before.name} cuts the same axis")
-    dtype = before.inputs[1].dtype
     for reader, other in zip(readers, others, strict=True):
         merged = sorted((first | other).items())
         rows = zip(*((start, end, axis, step) for axis, (start, end, step) in merged), strict=True)
         reader.inputs = [
             before.inputs[0],
             *(
-                model.constant(f"{reader.name}_{what}", np.array(row, dtype))
+                model.constant(f"{reader.name}_{what}", np.array(row, np.int64))
                 for what, row in zip(("starts", "ends", "axes", "steps"), rows, strict=True)
             ),
         ]

@@ -123,6 +123,8 @@ def check(node: gs.Node, rule: OpRule) -> None:
     for tensor in (*data, *((node.inputs[weight],) if weight is not None else ())):
         if tensor.dtype != np.float32:
             raise Skip(f"{tensor.name} is {tensor.dtype}, not float32")
+    for tensor in filter(is_constant, data):
+        _check_values(tensor, "its constant operand")
     for key, allowed in (rule.attributes or {}).items():
         value = node.attrs.get(key, allowed[0])
         if value not in allowed:
@@ -134,13 +136,17 @@ def check(node: gs.Node, rule: OpRule) -> None:
     if spec.bias is not None and len(node.inputs) > spec.bias and node.inputs[spec.bias].name:
         _check_bias(node, node.inputs[spec.bias])
     if weight is not None:
-        values = values_of(node.inputs[weight])
-        if values is None or not np.isfinite(values).all():
-            raise Skip("its weight has NaN or infinite values")
-        if not values.size:
-            raise Skip("its weight is empty")
+        _check_values(node.inputs[weight], "its weight")
     if spec.role in ("linear", "carry") and not data:
         raise Skip("all its inputs are constant")
+
+
+def _check_values(constant: gs.Tensor, what: str) -> None:
+    values = values_of(constant)
+    if values is None or not np.isfinite(values).all():
+        raise Skip(f"{what} has NaN or infinite values")
+    if not values.size:
+        raise Skip(f"{what} is empty")
 
 
 def _pads_zero(node: gs.Node) -> bool:

@@ -359,6 +359,8 @@ class _Editor:
         assert index is not None
         weight, axis = node.inputs[index], self.axis(node, index)
         scheme = self.target.weights_of(node.op)
+        if axis is None:
+            scheme = replace(scheme, granularity=PerTensor())
         self.layers[id(node)] = 0
         dequantized, params = self.weight(weight, scheme, axis, node)
         has_bias = at is not None and len(node.inputs) > at and bool(node.inputs[at].name)
@@ -387,12 +389,11 @@ class _Editor:
         self, name: str, bias: NDArray[np.float64], x_scale: float, params: QParams, repeats: int
     ) -> gs.Tensor:
         """The bias as int32 in the accumulator's scale."""
-        scale = (x_scale * np.tile(np.atleast_1d(params.scale), repeats)).astype(np.float32)
+        axis = None if params.axis is None else 0
+        w_scale = params.scale if axis is None else np.tile(params.scale, repeats)
+        scale = (x_scale * w_scale).astype(np.float32)
         q = np.rint(bias / scale.astype(np.float64)).astype(np.int32)
-        zero = np.zeros(scale.shape, np.int32)
-        if params.axis is None:
-            return self.integer_constant(name, q, QParams(scale[0], zero[0]))
-        return self.integer_constant(name, q, QParams(scale, zero, axis=0))
+        return self.integer_constant(name, q, QParams(scale, np.zeros(scale.shape, np.int32), axis))
 
 
 def _bias_vector(

@@ -94,6 +94,7 @@ class Sizes:
                 self._set(made, [b if a is None or isinstance(b, int) else a for a, b in pairs])
         if (value := VALUES.get(node.op)) is not None:
             known = value(self, node)
+            known = None if known is None else _without_overflow(known, out)
             if known is not None and len(known) <= LONGEST and any(k is not None for k in known):
                 self._values[id(out)] = known
                 self._keep.append(out)
@@ -102,6 +103,15 @@ class Sizes:
 def _size(tensor: gs.Tensor, axis: int, dim: int | str | None) -> Size:
     """A number, or a symbol that no other axis has."""
     return int(dim) if isinstance(dim, int) and dim >= 0 else f"?{id(tensor)}.{axis}"
+
+
+def _without_overflow(known: Known, tensor: gs.Tensor) -> Known:
+    """Elements as they are, but nothing is known of numbers that the tensor's type cannot hold."""
+    kind = np.dtype(np.int64 if tensor.dtype is None else tensor.dtype)
+    if kind not in INTEGERS or kind == np.dtype(bool):
+        return known
+    limits = np.iinfo(kind)
+    return [None if isinstance(k, int) and not limits.min <= k <= limits.max else k for k in known]
 
 
 def shape_nodes_behind(tensor: gs.Tensor) -> list[gs.Node]:
