@@ -110,7 +110,7 @@ def main() -> None:
         theirs = str(prepared(options.model, folder))
 
         def ours(samples: Path, *extra: str) -> list[str]:
-            return [python, "-m", "onnxq", "optimize", model, out, "--data", str(samples), *extra]
+            return [python, "-m", "onnxq", "optimize", model, out, "--data", str(samples), "--recipe", "int8", *extra]
 
         data = str(options.samples)
         commands = {
