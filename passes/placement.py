@@ -16,6 +16,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnxq.core import Note, Skip
+from onnxq.graphs import bodies_of
 from onnxq.mincut import INFINITE, Network
 from onnxq.model import Model, readers, values_of
 from onnxq.passes.costs import node_ns, size
@@ -27,7 +28,6 @@ from onnxq.passes.ops import (
     weight_input,
 )
 from onnxq.passes.work import Shapes
-from onnxq.serialization import bodies_of
 from onnxq.targets import Costs, OpRule, Target
 
 RULE = "quantize_static"

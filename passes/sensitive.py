@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator, Mapping
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from onnxq.graphs import bodies_of
 from onnxq.model import Model, producer, readers
 from onnxq.passes.ops import OPS, activation_inputs, is_constant
 from onnxq.passes.placement import Placement
-from onnxq.serialization import bodies_of
 from onnxq.statistics import Histogram
 
 # Operators that pass an error on as it is, or scaled: what lies behind them decides.
