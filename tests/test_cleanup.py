@@ -235,6 +235,20 @@ def test_what_bodies_have_in_common_is_stored_once() -> None:
     assert len(checked.model.to_proto().graph.initializer) == 1
 
 
+def test_what_fails_does_not_keep_the_others_from_being_folded() -> None:
+    """A lookup beyond the end of its table, in a branch that no sample takes."""
+    ids = "far = Constant<value_ints = [0, 9]>() near = Constant<value_ints = [0, 1]>()"
+    proto = graph(
+        f"y = If(c0) <then_branch = t () => (float[2] u) {{ {ids} p = Gather(row, far) q = Gather(row, near)"
+        " k = Neg(q) l = Exp(p) n = Add(x, k) u = Add(n, l) }, else_branch = e () => (float[2] v) { v = Neg(x) }>",
+        "bool c0, float[2] x", "float[a] y",
+    )  # fmt: skip
+    feeds = [{"c0": np.array(False), "x": np.ones(2, np.float32)}]
+    checked = check(fold_constants, proto, feeds=feeds)
+    assert checked.ops == {"If": 1, "Gather": 1, "Exp": 1, "Add": 2, "Neg": 1}
+    assert [text for text in checked.declined if "cannot be computed" in text]
+
+
 def test_float16_is_folded_in_float16() -> None:
     proto = graph(
         "h = Conv(x, w, b) y = " + BN.format("h"), "float16[2, 4, 8, 8] x", "float16[a, b, c, d] y",

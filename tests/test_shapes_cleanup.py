@@ -28,7 +28,7 @@ CONSTANTS = (
     "int64[1] zero = {0}, int64[1] one = {1}, int64[1] two = {2}, int64[1] three = {3}, int64[1] end = {99},"
     " int64[1] rest = {-1}, int64 first = {0}, int64 second = {1}, int64[2] pair = {2, 3}, int64 scalar = {6},"
     " int64[8] pads = {0, 0, 1, 2, 0, 0, 1, 0}, int64[8] channels = {0, 1, 0, 0, 0, 0, 0, 0},"
-    " int64[8] cuts = {0, 0, -1, 0, 0, 0, 0, 0}, int64[4] inner = {1, 2, 1, 0}, int64[0] none = {}, float nothing = {0.0},"
+    " int64[8] cuts = {0, 0, -1, 0, 0, 0, 0, 0}, int64[4] inner = {1, 2, 1, 0}, int64[0] none = {}, int64[2] none2 = {0, 5}, float nothing = {0.0},"
     " int32[1] start = {1}, int32[1] axis = {2}, int32[1] stop = {7}, int64[1] last = {9223372036854775807},"
     " float half = {0.5}, float low = {-3.4e38}, bool yes = {1}, bool no = {0},"
     " float[1, 3, 2, 2] w = {1.0, -1.0, 0.5, 2.0, 1.0, -1.0, 0.5, 2.0, 1.0, 3.0, 0.5, 2.0}"
@@ -116,6 +116,7 @@ DECLINES = [
     pytest.param(merge_reshapes, "h = Unsqueeze(x, zero) k = Relu(h) l = Squeeze(h, zero) m = Squeeze(k, zero) y = Add(l, m)", "float[2, 4] x", Y2, None, id="kept-by-another"),
     pytest.param(merge_reshapes, "h = Unsqueeze(x, zero) k = Relu(h) l = Flatten(h) m = Flatten(k) y = Add(l, m)", "float[2, 4] x", Y2, "also used elsewhere", id="second-reader"),
     pytest.param(merge_reshapes, "h = Unsqueeze(x, zero) y = Unsqueeze(h, zero)", FREE, "float[a, b, c, d, e] y", "more free axes", id="two-free-axes"),
+    pytest.param(merge_reshapes, "h = Unsqueeze(x, zero) k = Reshape<allowzero = 1>(h, none2) y = Neg(k)", "float[4, 0] x", Y2, "a size of zero", id="empty"),
     pytest.param(merge_reshapes, "y = Transpose<perm = [0, 2, 3, 1]>(x)", IMAGE, Y4, None, id="moves-values"),
     pytest.param(merge_slices, "h = Slice(x, one, end, two) y = Slice(h, zero, two, two)", IMAGE, Y4, "cuts the same axis", id="same-axis"),
     pytest.param(merge_slices, "h = Slice(x, one, end, two) k = Slice(h, zero, end, three, two) y = Concat<axis = 3>(h, k)", IMAGE, Y4, "also used elsewhere", id="slice-second-reader"),
