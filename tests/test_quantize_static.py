@@ -376,6 +376,11 @@ DECLINES = [
         "goes into Log",
         id="front-end",
     ),
+    pytest.param(
+        dict(body="y = MatMul(x, m)", inputs="float[0, 8] x", outputs="float[a, b] y"),
+        "x has no elements in any sample",
+        id="empty",
+    ),
 ]
 
 
@@ -385,6 +390,8 @@ def test_declines_with_a_reason(graph: dict[str, Any], reason: str) -> None:
     after = before.copy()
     notes = QuantizeStatic(everything(), samples(before))(after)
     assert any(reason in note.text and not note.changed for note in notes)
+    told = [(note.node, note.text) for note in notes]
+    assert len(set(told)) == len(told)
 
 
 def test_the_cheap_output_convolution_stays_float() -> None:
