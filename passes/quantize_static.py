@@ -93,6 +93,7 @@ class QuantizeStatic:
             declined += [
                 Note(RULE, placement.nodes[key].name, text, changed=False)
                 for key, text in more.items()
+                if OPS[placement.nodes[key].op].role != "linear"  # placing tells of those
             ]
             floats |= more
             placement = place(model, target, floats, shapes)

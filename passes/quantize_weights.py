@@ -39,6 +39,10 @@ WEIGHTS: dict[str, tuple[tuple[int, tuple[int, ...]], ...]] = {
 }
 
 
+# float16 has steps of 2^-24 near zero: scales from here on are right to a 128th.
+LEAST: dict[Any, float] = {np.dtype(np.float16): 2.0**-18}
+
+
 @dataclass(frozen=True, slots=True)
 class QuantizeWeights:
     """Weights of at least `smallest` elements that are still floats, in bodies too."""
@@ -124,6 +128,8 @@ def _unpacked(
     if not np.isfinite(values).all():
         raise Skip("its weight has NaN or infinite values")
     q, scale = quantized(values, axes)
+    if (scale < LEAST.get(values.dtype, 0.0)).any():
+        raise Skip(f"its weight is too small: {values.dtype} cannot hold the scales")
     integers = model.constant(f"{tensor.name}_int8", q)
     kind = onnx.helper.np_dtype_to_tensor_dtype(values.dtype)
     wide = model.emit(
