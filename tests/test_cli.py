@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from onnxq.cli import main
-from onnxq.workflow import inspect
+from onnxq.looking import inspect
 
 MODELS = Path(__file__).parent.parent / "models"
 MODEL, DATA = MODELS / "digits_cnn.onnx", MODELS / "digits_cnn.calib.npz"
