@@ -140,7 +140,9 @@ class SumOfSquares:
     def of_sums(cls, sums: NDArray[Any]) -> SumOfSquares:
         """Of one sample's sums of squares."""
         rest = np.asarray(sums, np.float64)
-        bad = not (np.isfinite(rest).all() and (rest < 2.0 ** (LIMBS * LIMB_BITS + LEAST_BIT)).all())
+        bad = not (
+            np.isfinite(rest).all() and (rest < 2.0 ** (LIMBS * LIMB_BITS + LEAST_BIT)).all()
+        )
         rest = np.zeros_like(rest) if bad else np.ldexp(rest, -LEAST_BIT)
         limbs = np.zeros((LIMBS, rest.size), np.int64)
         for i in reversed(range(LIMBS)):

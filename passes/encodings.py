@@ -28,7 +28,14 @@ from onnxq.schemes import QParams
 Encoding = Literal["storage", "compute"]
 
 # The first opset whose Cast and DequantizeLinear read the format (onnx Changelog.md).
-CAST_SINCE = {"int4": 21, "uint4": 21, "int2": 25, "uint2": 25, "float8e4m3fn": 19, "float8e5m2": 19}
+CAST_SINCE = {
+    "int4": 21,
+    "uint4": 21,
+    "int2": 25,
+    "uint2": 25,
+    "float8e4m3fn": 19,
+    "float8e5m2": 19,
+}
 BLOCKS_SINCE = 21  # DequantizeLinear's block_size
 AXIS_SINCE = 13  # DequantizeLinear's axis
 STORAGE_SINCE = 6  # Cast's `to` as a number
@@ -139,7 +146,9 @@ class _Unpacking:
         before, groups, size, behind = shape
         if groups * size != held.length:
             wide = self._reshaped(wide, (before, groups * size, behind))
-            bounds = [self._numbers(n, [v]) for n, v in (("from", 0), ("to", held.length), ("along", 1))]
+            bounds = [
+                self._numbers(n, [v]) for n, v in (("from", 0), ("to", held.length), ("along", 1))
+            ]
             cut = (before, held.length, behind)
             wide = self._emit("Slice", wide, *bounds, name="cut", shape=cut)
         first, last = held.summed[0], held.summed[-1]
@@ -150,7 +159,9 @@ class _Unpacking:
         return self._emit("Transpose", wide, name="turned", perm=back)
 
     def _reshaped(self, wide: gs.Tensor, shape: tuple[int, ...]) -> gs.Tensor:
-        return self._emit("Reshape", wide, self._numbers("shape", list(shape)), name="whole", shape=shape)
+        return self._emit(
+            "Reshape", wide, self._numbers("shape", list(shape)), name="whole", shape=shape
+        )
 
     def _numbers(self, name: str, values: list[int]) -> gs.Constant:
         return self.model.constant(self._named(name), np.array(values, np.int64))

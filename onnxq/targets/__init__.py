@@ -26,7 +26,8 @@ class OpRule:
     also return floats, "float" when it reads integers and returns floats. attributes: values that
     an attribute may have (the first is ONNX's default). shared: inputs and output must have one
     scale. fixed: scale and zero point that the output must have, by activation format. weights:
-    how this operator's weights are quantized, where that is not the target's way.
+    how this operator's weights are quantized, where that is not the target's way. weight_formats:
+    that this operator takes besides.
     """
 
     output: Output = "quantized"
@@ -34,6 +35,7 @@ class OpRule:
     shared: bool = False
     fixed: Mapping[str, tuple[float, int]] | None = None
     weights: QuantScheme | None = None
+    weight_formats: tuple[str, ...] = ()
     source: str = ""
 
 
@@ -113,7 +115,10 @@ class Target:
     stand on integers, without a pair around them. stored_weights: constants that are computed
     from integers (Cast, Mul) are folded at load; stored_formats: of such integers, all that onnxq
     writes if none are named. weight_kernels: for float layers with integer weights. static_shapes: free dimensions must be fixed.
-    saturates: u8s8 products are added in pairs in saturating 16 bits. file_format: what is written
+    saturates: u8s8 products are added in pairs in saturating 16 bits. simulated: activation formats
+    that it reads, and computes in floats. widened: weight formats that a Cast at load brings to
+    those of its kernels. requantizes: float weights of Conv and Gemm between pairs are quantized at
+    load, with one scale (`onnxq.passes.float_layers` says what helps). file_format: what is written
     beside the .onnx. machines: on which ONNX Runtime's CPU times are the target's own. Without
     costs, every operator that can run in integers does.
 
@@ -142,6 +147,9 @@ class Target:
     weight_kernels: WeightKernels | None = None
     static_shapes: bool = False
     saturates: bool = False
+    simulated: tuple[str, ...] = ()
+    widened: tuple[str, ...] = ()
+    requantizes: bool = False
     file_format: FileFormat = "onnx"
     machines: tuple[str, ...] = ()
     costs: Costs | None = None
@@ -151,6 +159,13 @@ class Target:
         """How weights of an operator are quantized."""
         rule = self.operators.get(op)
         return rule.weights if rule is not None and rule.weights is not None else self.weights
+
+    def formats_of(self, op: str) -> tuple[str, ...]:
+        """In which formats weights of an operator may be written beside quantized activations."""
+        rule = self.operators.get(op, OpRule())
+        own = rule.weights is not None and rule.weights.format != self.weights.format
+        first = (self.weights_of(op).format,) if own else self.weight_formats
+        return (*first, *rule.weight_formats, *self.widened)
 
     def without_channels(self) -> Target:
         """The target with one scale a weight: before opset 13 DequantizeLinear has no axis."""
@@ -223,6 +238,7 @@ def _target(name: str, table: dict[str, Any]) -> Target:
     if unknown := set(table) - {f.name for f in fields(Target)}:
         raise ValueError(f"unknown key {', '.join(sorted(unknown))}")
     named = [*formats.values(), table.get("stored_formats", ())]
+    named += [table.get(key, ()) for key in ("simulated", "widened")]
     named += [table.get("weight_kernels", {}).get("formats", ())]
     if strange := {f for found in named for f in found} - set(FORMATS):
         raise ValueError(f"unknown format {', '.join(sorted(strange))}")
@@ -283,9 +299,13 @@ def _rule(op: str, row: dict[str, Any], weights: dict[str, Any]) -> OpRule:
     attributes = {k: tuple(v) for k, v in rest.pop("attributes", {}).items()}
     fixed = {k: (float(s), int(z)) for k, (s, z) in rest.pop("fixed", {}).items()}
     own = rest.pop("weights", None)
+    further = tuple(rest.pop("weight_formats", ()))
+    if strange := set(further) - set(FORMATS):
+        raise ValueError(f"{op}: unknown format {', '.join(sorted(strange))}")
     return OpRule(
         attributes=attributes or None,
         fixed=fixed or None,
         weights=None if own is None else _weights(weights | own),
+        weight_formats=further,
         **rest,
     )
