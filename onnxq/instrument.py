@@ -90,9 +90,7 @@ def stride(size: int) -> int:
 STRIDES = tuple(dict.fromkeys(stride(int(SAMPLE * 1.05**k) + 1) for k in range(300)))
 
 
-def instrument(
-    model: Model, wanted: Wanted, first: Feed
-) -> tuple[onnx.ModelProto, Plan]:
+def instrument(model: Model, wanted: Wanted, first: Feed) -> tuple[onnx.ModelProto, Plan]:
     """Make a model with observations for outputs instead of its own; and say how to use it.
 
     The first sample's shapes decide how tensors of dynamic shape are observed, not what is.
@@ -126,7 +124,7 @@ def instrument(
         histogram = statistic is Histogram
         if isinstance(statistic, Squares):
             if tensor in inside:
-                raise ModelError(f"cannot calibrate {tensor!r}: sums of squares are not logged there")
+                raise ModelError(f"cannot calibrate {tensor!r}: no sums of squares in bodies")
             rank = len(shapes.get(tensor) or _dims(types[tensor]) or ())
             probes.append(extra.squares(tensor, kind, rank, statistic.axis))
         elif tensor in inputs:

@@ -25,7 +25,9 @@ from onnxq.targets import KernelCost, Target
 GAIN = 0.9  # of the time of floats: what a kernel has to stay under to be worth it
 
 
-def why_no_kernel(node: gs.Node, held: Held, scheme: QuantScheme, target: Target | None) -> str | None:
+def why_no_kernel(
+    node: gs.Node, held: Held, scheme: QuantScheme, target: Target | None
+) -> str | None:
     """Why the target has no kernel for this weight as the scheme would have it; None: it has."""
     kernels = None if target is None else target.weight_kernels
     if target is None or kernels is None or node.op not in kernels.operators:
