@@ -124,9 +124,7 @@ def instrument(model: Model, wanted: Wanted, first: Feed) -> tuple[onnx.ModelPro
         histogram = statistic is Histogram
         if isinstance(statistic, Squares):
             if tensor in inside:
-                raise ModelError(
-                    f"cannot calibrate {tensor!r}: sums of squares are not logged there"
-                )
+                raise ModelError(f"cannot calibrate {tensor!r}: no sums of squares in bodies")
             rank = len(shapes.get(tensor) or _dims(types[tensor]) or ())
             probes.append(extra.squares(tensor, kind, rank, statistic.axis))
         elif tensor in inputs:

@@ -15,7 +15,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from onnxq.numerics.affine import affine_params, dequantize, quantize
 from onnxq.numerics.grids import Grid, limits
-from onnxq.numerics.ranges import weight_range
+from onnxq.numerics.grouping import Layout
+from onnxq.numerics.weights import fit_weight
 
 Method = Literal["minmax", "mse", "standardized", "hqq", "importance"]
 Rounding = Literal["even", "stochastic"]
@@ -276,19 +277,12 @@ def quantize_weight(
     used when the granularity does not name one. Raises ValueError for NaN or infinities in the
     weight.
     """
-    axis = scheme._axis(axis)
-    if scheme.group_size is None and method in ("minmax", "mse"):
-        bits = scheme.numbers.bits
-        lo, hi = weight_range(w, axis, method, bits=bits, symmetric=scheme.symmetric)
-        params = scheme.params(lo, hi, axis)
-    else:
-        assert axis is not None
-        size = scheme.group_size or 1
-        at = np.arange(0, w.shape[axis], size)
-        x = np.asarray(w, np.float32)
-        lo = np.minimum.reduceat(x, at, axis)
-        hi = np.maximum.reduceat(x, at, axis)
-        params = scheme.params(lo, hi, axis)
+    if rounding not in ("even", "stochastic"):
+        raise ValueError(f"unknown rounding {rounding!r}: even or stochastic")
+    w, axis, size = np.asarray(w), scheme._axis(axis), scheme.group_size
+    layout = Layout.of(w.shape, axis, size)
+    scale, zero_point = fit_weight(w, scheme.grid, layout, method, importance)
+    params = QParams(scale, zero_point, axis, size)
     rng = np.random.default_rng(seed) if rounding == "stochastic" else None
     return integers(w, scheme, params, rng=rng), params
 

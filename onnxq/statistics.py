@@ -140,9 +140,7 @@ class SumOfSquares:
     def of_sums(cls, sums: NDArray[Any]) -> SumOfSquares:
         """Of one sample's sums of squares."""
         rest = np.asarray(sums, np.float64)
-        bad = not (
-            np.isfinite(rest).all() and (rest < 2.0 ** (LIMBS * LIMB_BITS + LEAST_BIT)).all()
-        )
+        bad = not (rest < 2.0 ** (LIMBS * LIMB_BITS + LEAST_BIT)).all()  # NaN too
         rest = np.zeros_like(rest) if bad else np.ldexp(rest, -LEAST_BIT)
         limbs = np.zeros((LIMBS, rest.size), np.int64)
         for i in reversed(range(LIMBS)):
@@ -182,7 +180,8 @@ class SumOfSquares:
     def sums(self) -> NDArray[np.float64]:
         """The sums of squares."""
         powers = [LEAST_BIT + LIMB_BITS * i for i in range(LIMBS)]
-        return np.ldexp(self.limbs.astype(np.float64), np.array(powers)[:, None]).sum(0)
+        parts = np.ldexp(self.limbs.astype(np.float64), np.array(powers)[:, None])
+        return np.asarray(parts.sum(0))
 
 
 def extremes(x: NDArray[Any]) -> tuple[float, float, bool]:

@@ -1,6 +1,6 @@
 """How integers that stand for a weight are written into the graph.
 
-    storage     W = Mul(Sub(Cast(q), Cast(z)), s)       groups: Reshape behind it, (Slice,) (Transpose)
+    storage     W = Mul(Sub(Cast(q), Cast(z)), s)       groups: Reshape (Slice, Transpose) behind it
     compute     W = DequantizeLinear(q, s, z)           for kernels that multiply with integers
 
 Storage is computed once, when the model is loaded, by every runtime that folds constants. Groups
@@ -29,13 +29,8 @@ Encoding = Literal["storage", "compute"]
 
 # The first opset whose Cast and DequantizeLinear read the format (onnx Changelog.md).
 CAST_SINCE = {
-    "int4": 21,
-    "uint4": 21,
-    "int2": 25,
-    "uint2": 25,
-    "float8e4m3fn": 19,
-    "float8e5m2": 19,
-}
+    "float8e4m3fn": 19, "float8e5m2": 19, "int4": 21, "uint4": 21, "int2": 25, "uint2": 25,
+}  # fmt: skip
 BLOCKS_SINCE = 21  # DequantizeLinear's block_size
 AXIS_SINCE = 13  # DequantizeLinear's axis
 STORAGE_SINCE = 6  # Cast's `to` as a number
@@ -146,9 +141,8 @@ class _Unpacking:
         before, groups, size, behind = shape
         if groups * size != held.length:
             wide = self._reshaped(wide, (before, groups * size, behind))
-            bounds = [
-                self._numbers(n, [v]) for n, v in (("from", 0), ("to", held.length), ("along", 1))
-            ]
+            window = (("start", 0), ("end", held.length), ("axis", 1))
+            bounds = [self._numbers(name, [value]) for name, value in window]
             cut = (before, held.length, behind)
             wide = self._emit("Slice", wide, *bounds, name="cut", shape=cut)
         first, last = held.summed[0], held.summed[-1]
@@ -159,9 +153,8 @@ class _Unpacking:
         return self._emit("Transpose", wide, name="turned", perm=back)
 
     def _reshaped(self, wide: gs.Tensor, shape: tuple[int, ...]) -> gs.Tensor:
-        return self._emit(
-            "Reshape", wide, self._numbers("shape", list(shape)), name="whole", shape=shape
-        )
+        target = self._numbers("shape", list(shape))
+        return self._emit("Reshape", wide, target, name="whole", shape=shape)
 
     def _numbers(self, name: str, values: list[int]) -> gs.Constant:
         return self.model.constant(self._named(name), np.array(values, np.int64))
@@ -195,7 +188,7 @@ def dequantized(model: Model, at: gs.Node, tensor: gs.Tensor, packed: Packed) ->
     inputs = [(str(q.dtype), q), ("scale", np.asarray(params.scale, np.float32).T)]
     if zero is not None:
         inputs.append(("zero", np.broadcast_to(zero, np.shape(params.scale)).T))
-    attributes = {}
+    attributes: dict[str, Any] = {}
     if packed.has_groups:
         attributes = {"axis": 0, "block_size": params.group_size}
     elif np.ndim(params.scale):

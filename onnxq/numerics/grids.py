@@ -35,6 +35,9 @@ def limits(dtype: np.dtype[Any]) -> tuple[float, float]:
     return int(info.min), int(info.max)
 
 
+LEANING = 256  # levels from which the one more is not worth a negative scale
+
+
 @dataclass(frozen=True, slots=True)
 class Grid:
     """Numbers from qmin to qmax of a dtype; where zero is (symmetric: in the middle)."""
@@ -59,6 +62,19 @@ class Grid:
     def middle(self) -> float:
         """The zero point of symmetric ranges: 0 for signed numbers."""
         return 0.0 if self.is_float else (self.qmin + self.qmax + 1) // 2
+
+    @property
+    def leans(self) -> bool:
+        """Whether a symmetric grid of few levels has one more of them below its middle.
+
+        To use that level for the greatest extreme, scales may be negative.
+        """
+        return (
+            self.symmetric
+            and not (self.is_float or self.power_of_two)
+            and self.levels < LEANING
+            and self.qmin + self.qmax < 2 * self.middle
+        )
 
     @property
     def levels(self) -> int:

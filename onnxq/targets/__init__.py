@@ -99,7 +99,6 @@ class WeightKernels:
     channels: bool = True
     symmetric: bool = False
     costs: Mapping[str, KernelCost] = field(default_factory=dict)
-    source: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,13 +113,13 @@ class Target:
     on integers (QLinearConv, ...) that it reads. integer_moves: Reshape, MaxPool and the like may
     stand on integers, without a pair around them. stored_weights: constants that are computed
     from integers (Cast, Mul) are folded at load; stored_formats: of such integers, all that onnxq
-    writes if none are named. weight_kernels: for float layers with integer weights. static_shapes: free dimensions must be fixed.
-    saturates: u8s8 products are added in pairs in saturating 16 bits. simulated: activation formats
-    that it reads, and computes in floats. widened: weight formats that a Cast at load brings to
-    those of its kernels. requantizes: float weights of Conv and Gemm between pairs are quantized at
-    load, with one scale (`onnxq.passes.float_layers` says what helps). file_format: what is written
-    beside the .onnx. machines: on which ONNX Runtime's CPU times are the target's own. Without
-    costs, every operator that can run in integers does.
+    writes if none are named. weight_kernels: for float layers with integer weights. static_shapes:
+    free dimensions must be fixed. saturates: u8s8 products are added in pairs in saturating 16
+    bits. simulated: activation formats that it reads, and computes in floats. widened: weight
+    formats that a Cast at load brings to those of its kernels. requantizes: float weights of Conv
+    and Gemm between pairs are quantized at load, with one scale (`onnxq.passes.float_layers` says
+    what helps). file_format: what is written beside the .onnx. machines: on which ONNX Runtime's
+    CPU times are the target's own. Without costs, every operator that can run in integers does.
 
     sources: where each fact is from, by its name here; an operator without a source of its own has
     that of "operators".
@@ -289,7 +288,7 @@ def _weight_kernels(table: dict[str, Any]) -> WeightKernels:
     costs = {k: KernelCost(**v) for k, v in table.pop("costs", {}).items()}
     if costs and "float" not in costs:
         raise ValueError("weight_kernels.costs lacks those of float, to compare with")
-    plain = {k: tuple(v) if isinstance(v, list) else v for k, v in table.items()}
+    plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in table.items()}
     return WeightKernels(costs=costs, **plain)
 
 
