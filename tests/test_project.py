@@ -18,6 +18,7 @@ ROOT = Path(__file__).parent.parent
 SHARED = {
     "ops", "work", "costs", "placement", "ranges", "sensitive", "linear",
     "sizes", "size_algebra", "shape_rules", "value_rules", "activations",
+    "dynamic_costs", "dynamic_layers",
 }  # fmt: skip
 
 

@@ -9,12 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from onnxq.core import Pipeline
 from onnxq.data import Samples
 from onnxq.errors import RecipeError, meant
 from onnxq.options import build, options_of
 from onnxq.plugins import find_pass
-from onnxq.targets import Target
+from onnxq.targets import Target, load_target
+from onnxq.targets import names as target_names
 
 HERE = Path(__file__).parent
 
@@ -114,23 +117,48 @@ def plan(
 ) -> Pipeline:
     """The recipe's passes with their options filled in; nothing runs.
 
-    quantize_weights is left out where the target does not fold what it writes.
+    quantize_weights is left out where the target does not fold what it writes, quantize_dynamic
+    where it has no kernels for that, and another pass quantizes.
 
-    Raises RecipeError for an option that a pass does not have or cannot take.
+    Raises RecipeError for an option that a pass does not have or cannot take, and for a recipe that
+    the target cannot run.
     """
+    if not target.dynamic and {"quantize_dynamic", "quantize_static"} & {*recipe.passes} == {
+        "quantize_dynamic"
+    }:
+        raise RecipeError(
+            f"{target.name} does not quantize activations at run time: use the recipe int8 (with "
+            f"--data) or a target that does ({', '.join(_with_dynamic())})"
+        )
     context: dict[str, Any] = {
         "target": target,
         "samples": samples,
+        "shapes": _input_shapes(samples),
         "calibration": calibration,
         "progress": progress,
         "version": target.opset,
         "integer_moves": target.integer_moves,
     }
-    passes = [n for n in recipe.passes if target.stored_weights or n != "quantize_weights"]
+    left_out = {
+        *(() if target.stored_weights else ("quantize_weights",)),
+        *(() if target.dynamic else ("quantize_dynamic",)),
+    }
+    passes = [n for n in recipe.passes if n not in left_out]
     return Pipeline(
         recipe.name,
         tuple(build(n, find_pass(n), recipe.options.get(n, {}), context) for n in passes),
     )
+
+
+def _with_dynamic() -> list[str]:
+    return [name for name in target_names() if load_target(name).dynamic]
+
+
+def _input_shapes(samples: Samples | None) -> dict[str, tuple[int, ...]] | None:
+    """Of the first real sample: sizes of synthetic ones say nothing."""
+    if samples is None or samples.synthetic or not len(samples):
+        return None
+    return {name: np.shape(values) for name, values in next(iter(samples)).items()}
 
 
 def wants(recipe: Recipe, field: str) -> bool:
