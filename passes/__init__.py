@@ -22,6 +22,7 @@ from onnxq.passes.inline_functions import inline_functions
 from onnxq.passes.inline_if import inline_if
 from onnxq.passes.merge_reshapes import merge_reshapes
 from onnxq.passes.merge_slices import merge_slices
+from onnxq.passes.quantize_dynamic import QuantizeDynamic
 from onnxq.passes.quantize_static import QuantizeStatic
 from onnxq.passes.quantize_weights import QuantizeWeights
 from onnxq.passes.raise_opset import RaiseOpset
@@ -62,6 +63,7 @@ PASSES: dict[str, Pass | type[Any]] = {
     "inline_if": inline_if,
     "merge_reshapes": merge_reshapes,
     "merge_slices": merge_slices,
+    "quantize_dynamic": QuantizeDynamic,
     "quantize_static": QuantizeStatic,
     "quantize_weights": QuantizeWeights,
     "raise_opset": RaiseOpset,
@@ -72,6 +74,7 @@ PASSES: dict[str, Pass | type[Any]] = {
 
 __all__ = [
     "PASSES",
+    "QuantizeDynamic",
     "QuantizeStatic",
     "QuantizeWeights",
     "RaiseOpset",

@@ -9,12 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from onnxq.core import Pass, Pipeline
 from onnxq.data import Samples
 from onnxq.errors import RecipeError, meant
 from onnxq.options import build, options_of
 from onnxq.plugins import find_pass
-from onnxq.targets import Target
+from onnxq.targets import Target, load_target
+from onnxq.targets import names as target_names
 
 HERE = Path(__file__).parent
 
@@ -116,14 +119,22 @@ def plan(
 
     A pass may say by `opset` which version of the operators it writes: raise_opset goes as far. And
     by `unfit` why the target can do nothing with what it writes: it is left out beside other passes
-    that quantize.
+    that quantize, as quantize_dynamic is where the target has no kernels for it.
 
     Raises RecipeError for an option that a pass does not have or cannot take, and for a target that
     can do nothing with any of it.
     """
+    if not target.dynamic and {"quantize_dynamic", "quantize_static"} & {*recipe.passes} == {
+        "quantize_dynamic"
+    }:
+        raise RecipeError(
+            f"{target.name} does not quantize activations at run time: use the recipe int8 (with "
+            f"--data) or a target that does ({', '.join(_with_dynamic())})"
+        )
     context: dict[str, Any] = {
         "target": target,
         "samples": samples,
+        "shapes": _input_shapes(samples),
         "calibration": calibration,
         "progress": progress,
         "version": target.opset,
@@ -133,14 +144,26 @@ def plan(
     def built(name: str) -> Pass:
         return build(name, find_pass(name), recipe.options.get(name, {}), context)
 
-    passes = {name: built(name) for name in recipe.passes}
+    left_out = {*(() if target.dynamic else ("quantize_dynamic",))}
+    passes = {name: built(name) for name in recipe.passes if name not in left_out}
     unfit = {n: why for n, p in passes.items() if (why := getattr(p, "unfit", None)) is not None}
     if unfit and all(n in unfit for n in passes if n.startswith("quantize")):
         raise RecipeError(next(iter(unfit.values())))
-    kept = [n for n in recipe.passes if n not in unfit]
+    kept = [n for n in recipe.passes if n not in unfit and n not in left_out]
     needed = max([target.opset, *(getattr(passes[n], "opset", 0) for n in kept)])
     context["version"] = min(needed, target.max_opset or needed)
     return Pipeline(recipe.name, tuple(built(n) for n in kept))
+
+
+def _with_dynamic() -> list[str]:
+    return [name for name in target_names() if load_target(name).dynamic]
+
+
+def _input_shapes(samples: Samples | None) -> dict[str, tuple[int, ...]] | None:
+    """Of the first real sample: sizes of synthetic ones say nothing."""
+    if samples is None or samples.synthetic or not len(samples):
+        return None
+    return {name: np.shape(values) for name, values in next(iter(samples)).items()}
 
 
 def wants(recipe: Recipe, field: str) -> bool:

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 from onnxq.errors import RecipeError, meant
 from onnxq.schemes import FORMATS, PerChannel, PerTensor, QuantScheme
+from onnxq.targets.dynamic import DynamicRule, dynamic_rule
 
 HERE = Path(__file__).parent
 
@@ -120,6 +121,8 @@ class Target:
     and Gemm between pairs are quantized at load, with one scale (`onnxq.passes.float_layers` says
     what helps). file_format: what is written beside the .onnx. machines: on which ONNX Runtime's
     CPU times are the target's own. Without costs, every operator that can run in integers does.
+    dynamic: operators that it runs with activations quantized at run time, see
+    `onnxq.targets.dynamic`.
 
     sources: where each fact is from, by its name here; an operator without a source of its own has
     that of "operators".
@@ -152,6 +155,7 @@ class Target:
     file_format: FileFormat = "onnx"
     machines: tuple[str, ...] = ()
     costs: Costs | None = None
+    dynamic: Mapping[str, DynamicRule] = field(default_factory=dict)
     sources: Mapping[str, str] = field(default_factory=dict)
 
     def weights_of(self, op: str) -> QuantScheme:
@@ -249,6 +253,8 @@ def _target(name: str, table: dict[str, Any]) -> Target:
     operators = {op: _rule(op, row, weights) for op, row in table.pop("operators").items()}
     if table.get("saturates") and (weights["format"], weights["symmetric"]) != ("int8", True):
         raise ValueError("saturates is a matter of symmetric int8 weights")
+    if "dynamic" in table:
+        table["dynamic"] = {op: dynamic_rule(op, row) for op, row in table["dynamic"].items()}
     if "costs" in table:
         table["costs"] = _costs(table["costs"])
     if "weight_kernels" in table:
