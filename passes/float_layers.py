@@ -51,11 +51,18 @@ def _is_quantized_behind(node: gs.Node) -> bool:
 
 
 def _channels(node: gs.Node) -> tuple[int, int | None]:
-    """The axis of the layer's input that it sums over, and its size."""
+    """An axis of the layer's input that has more than one value (one counts as one scale); size.
+
+    The axis that is summed over, whose size the weight tells; or another of known size.
+    """
     shape = node.inputs[1].shape
     if not shape or not all(isinstance(d, int) for d in shape):
         return 1, None
     if node.op == "Gemm":
-        transposed = node.attrs.get("transB", 0)
-        return 0 if node.attrs.get("transA", 0) else 1, shape[1 if transposed else 0]
-    return 1, shape[1] * node.attrs.get("group", 1) if node.op == "Conv" else shape[0]
+        axis, count = int(not node.attrs.get("transA", 0)), shape[int(node.attrs.get("transB", 0))]
+    else:
+        axis, count = 1, shape[1] * node.attrs.get("group", 1) if node.op == "Conv" else shape[0]
+    if count > 1:
+        return axis, count
+    known = [(i, d) for i, d in enumerate(node.inputs[0].shape or ()) if isinstance(d, int)]
+    return next(((i, d) for i, d in known if d > 1), (axis, None))

@@ -67,7 +67,7 @@ def weight_scheme(target: Target, op: str, asked: str | None) -> QuantScheme:
     possible = target.formats_of(op)
     numbers = FORMATS[asked]
     if asked in possible:
-        return replace(own, format=asked)
+        return _of(own, asked)
     same = [f for f in possible if FORMATS[f].bits == numbers.bits and "int" in asked]
     same.sort(key=lambda f: FORMATS[f].signed != FORMATS[own.format].signed)
     if not same:
@@ -75,7 +75,17 @@ def weight_scheme(target: Target, op: str, asked: str | None) -> QuantScheme:
             f"{target.name} executes no {asked} weights in {op} beside quantized activations: "
             f"{', '.join(possible)} are possible"
         )
-    return own if own.format in same else replace(own, format=same[0])
+    return own if own.format in same else _of(own, same[0])
+
+
+def _of(own: QuantScheme, format: str) -> QuantScheme:
+    """The scheme in another format; few bits without the least value, so that scales are positive.
+
+    (To use it, `quantize_weight` makes scales negative: biases and other runtimes want none.)
+    """
+    numbers = FORMATS[format]
+    narrow = own.symmetric and numbers.signed and numbers.bits < 8
+    return replace(own, format=format, levels=2**numbers.bits - 1 if narrow else None)
 
 
 def require_formats(target: Target, activations: str, weights: str) -> None:

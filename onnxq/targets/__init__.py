@@ -165,10 +165,14 @@ class Target:
 
     def formats_of(self, op: str) -> tuple[str, ...]:
         """In which formats weights of an operator may be written beside quantized activations."""
+        return (*self.kernel_formats(op), *self.widened)
+
+    def kernel_formats(self, op: str) -> tuple[str, ...]:
+        """Which formats an operator's kernels read, beside quantized activations."""
         rule = self.operators.get(op, OpRule())
         own = rule.weights is not None and rule.weights.format != self.weights.format
         first = (self.weights_of(op).format,) if own else self.weight_formats
-        return (*first, *rule.weight_formats, *self.widened)
+        return (*first, *rule.weight_formats)
 
     def without_channels(self) -> Target:
         """The target with one scale a weight: before opset 13 DequantizeLinear has no axis."""
