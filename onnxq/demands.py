@@ -23,6 +23,7 @@ INTEGER = frozenset(
     "QLinearAdd QLinearMul DynamicQuantizeLSTM DequantizeLinear".split()
 )
 """Operators that only a quantized model has."""
+NOTHING = "nothing was quantized"
 INVALID = (onnx.checker.ValidationError, onnx.shape_inference.InferenceError)
 
 
@@ -31,7 +32,7 @@ def require_quantized(notes: Sequence[Note], model: Model) -> None:
     if any(n.changed and n.rule.startswith("quantize") for n in notes):
         return
     raise BudgetError(
-        f"nothing was quantized: {why_not(notes, model)}; "
+        f"{NOTHING}: {why_not(notes, model)}; "
         "nothing was written (--allow-unchanged writes the cleaned model)"
     )
 

@@ -66,14 +66,15 @@ def calibrate(
     *,
     data: Spec | None = None,
     images: ImageOptions | None = None,
-    recipe: str = "int8",
+    recipe: str = "auto",
     target: str = "ort-cpu",
     progress: Progress | None = None,
 ) -> Calibrated:
     """Observe what the recipe's passes want to know, and write it to `output` (.npz).
 
     The samples are those that `optimize` would calibrate on, of the same `data` and `images`; with
-    this file and the same recipe and target it writes the same bytes as without.
+    this file and the same recipe and target it writes the same bytes as without. Of a recipe that
+    chooses, what the first candidate wants is kept, and `optimize` adds what others want.
 
     Raises OnnxqError: RecipeError when the recipe calibrates nothing, BudgetError when there is
     nothing in the model to calibrate, and as `optimize` does.
@@ -82,8 +83,10 @@ def calibrate(
     job, edited = Job(progress), load(model)
     edited = edited.copy() if edited is model else edited
     chosen, aim = load_recipe(recipe), load_target(target)
-    if not wants(chosen, "calibration"):
+    fitted = [one for one in chosen.candidates if wants(one, "calibration")]
+    if not fitted:
         raise RecipeError(f"recipe {chosen.name} has no pass that calibrates; try --recipe int8")
+    chosen = fitted[0]  # the others complete the file
     require_outputs(edited, name_of(model))
     with (
         blames_the_model(model, name_of(model), chosen.name),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
@@ -19,12 +20,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Preview:
-    """The passes that would run, with their options, and the samples that would be fed.
+    """The passes that would run, of each recipe that would be tried, and what would be fed.
 
     warnings: where the samples look unlike what the graph expects.
     """
 
-    passes: tuple[str, ...]
+    passes: Mapping[str, tuple[str, ...]]
     samples: str
     inputs: tuple[SeenInput, ...]
     warnings: tuple[str, ...] = ()
@@ -35,9 +36,10 @@ class Preview:
 
     def print_to(self, console: Console) -> None:
         """Print the preview for people."""
-        console.print("would run:")
-        for text in self.passes:
-            console.print(f"  {text}")
+        for recipe, passes in self.passes.items():
+            console.print(f"would run {recipe}:")
+            for text in passes:
+                console.print(f"  {text}")
         console.print(f"on {self.samples}:")
         for seen in self.inputs:
             shapes = ", ".join(str(list(shape)) for shape in seen.shapes)
@@ -55,7 +57,7 @@ def preview(
     *,
     data: Spec | None = None,
     images: ImageOptions | None = None,
-    recipe: str = "int8",
+    recipe: str = "auto",
     target: str = "ort-cpu",
 ) -> Preview:
     """Plan, and look at the first samples; nothing runs and nothing is written.
@@ -66,10 +68,10 @@ def preview(
     samples = NO_SAMPLES
     if data is not None or images is not None or wants(chosen, "samples"):
         samples = samples_for(loaded, data, images)
-    pipeline = plan(chosen, aim, samples)
+    planned = {one.name: plan(one, aim, samples) for one in chosen.candidates}
     feeds = first(samples)
     warnings = () if samples.synthetic else tuple(found(loaded, feeds))
-    told = tuple(_told(p) for p in pipeline.passes)
+    told = {name: tuple(map(_told, pipeline.passes)) for name, pipeline in planned.items()}
     return Preview(told, samples.description, look(feeds) if feeds else (), warnings)
 
 

@@ -48,7 +48,7 @@ class QuantizeStatic:
     target is fastest with. range: how activation ranges are chosen (minmax, percentile, entropy,
     mse). weight_range: minmax or mse. bias: int32 or float, where the target takes either. layers:
     overrides for single layers, see `onnxq.layers`. calibration: a file; re-used when it is there,
-    written when it is not.
+    written when it is not, completed when the same samples are given.
     """
 
     target: Target
@@ -132,7 +132,10 @@ class QuantizeStatic:
         if self.calibration is not None and self.calibration.exists():
             found, meta = load_calibration(self.calibration)
             missing = sorted(wanted - found.keys())
-            if missing or meta.get("model") != fingerprint(model):
+            is_same = meta.get("model") == fingerprint(model)
+            if is_same and missing and meta.get("of") == self.samples.fingerprint():
+                return self._calibrated(model, set(missing), cast(Mapping[str, Histogram], found))
+            if missing or not is_same:
                 what = f"has no statistics of {missing[0]!r}" if missing else "is of other weights"
                 raise DataError(
                     f"{self.calibration}: {what}: it was made from another model or target, or "
@@ -159,6 +162,10 @@ class QuantizeStatic:
         )
         together = {**known, **cast(Mapping[str, Histogram], made)}
         if self.calibration is not None:
-            meta = {"samples": len(self.samples), "model": fingerprint(model)}
+            meta = {
+                "samples": len(self.samples),
+                "of": self.samples.fingerprint(),
+                "model": fingerprint(model),
+            }
             save_calibration(self.calibration, together, meta=meta)
         return together

@@ -15,10 +15,12 @@ from onnxq.cli.common import (
     sqnr_option,
     target_option,
     warn,
+    write_text,
 )
 from onnxq.cli.imaging import image_options
 
 if TYPE_CHECKING:
+    from onnxq.choosing import Objective
     from onnxq.data import ImageOptions
 
 
@@ -32,7 +34,18 @@ if TYPE_CHECKING:
     "--calibration", metavar="FILE",
     help="Keep what was seen of the activations (.npz); used again if the file is there.",
 )  # fmt: skip
-@sqnr_option("Write nothing (exit 1) if an output's signal to noise ratio is below this.")
+@click.option(
+    "--objective", type=click.Choice(["speed", "size"]), default="speed", show_default=True,
+    help="What recipe auto looks at first; never is the result slower than the original.",
+)  # fmt: skip
+@sqnr_option(
+    "Write nothing (exit 1) if an output's signal to noise ratio is below this; recipe auto "
+    "chooses among what reaches it.  [default: 20 for auto]"
+)
+@click.option(
+    "--save-plan", metavar="FILE.toml",
+    help="Write the recipe that made the result; --recipe FILE.toml makes the same one again.",
+)  # fmt: skip
 @click.option(
     "--dry-run", is_flag=True, help="Print the plan and what the samples look like; no output."
 )
@@ -55,7 +68,9 @@ def optimize(
     recipe: str,
     target: str,
     calibration: str | None,
+    objective: Objective,
     min_sqnr: float | None,
+    save_plan: str | None,
     dry_run: bool,
     validate: bool | None,
     allow_unchanged: bool,
@@ -80,9 +95,11 @@ def optimize(
     with progress_bar(quiet=quiet) as progress:
         report = workflow.optimize(
             model, output, data=data, images=images, recipe=recipe, target=target,
-            calibration=calibration, min_sqnr=min_sqnr, validate=validate,
+            calibration=calibration, objective=objective, min_sqnr=min_sqnr, validate=validate,
             allow_unchanged=allow_unchanged, progress=progress,
         )  # fmt: skip
+    if save_plan is not None:
+        write_text(save_plan, report.plan.to_toml())
     warn(report.warnings, quiet=quiet)
     show(report, json_file, quiet=quiet)
 
