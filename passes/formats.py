@@ -21,6 +21,7 @@ from onnxq.passes.ops import OPS
 from onnxq.schemes import FORMATS, QuantScheme
 from onnxq.targets import Target
 
+WIDTHS = {"a8": 8, "a16": 16}
 WIDE_SINCE = 21  # QuantizeLinear and DequantizeLinear of 16 and of 4 bits
 
 
@@ -39,11 +40,11 @@ class Formats:
 
 
 def activation_format(target: Target, asked: str | int) -> str:
-    """The target's format for activations of that name, or of that many bits.
+    """The target's format for activations of that name, or of that many bits (16, or "a16").
 
     Raises RecipeError where it has none.
     """
-    bits = FORMATS[asked].bits if isinstance(asked, str) else asked
+    bits = asked if isinstance(asked, int) else WIDTHS.get(asked) or FORMATS[asked].bits
     named = [f for f in target.activation_formats if f == asked]
     signed = FORMATS[target.activations.format].signed
     same = [f for f in target.activation_formats if FORMATS[f].bits == bits]
@@ -51,7 +52,7 @@ def activation_format(target: Target, asked: str | int) -> str:
     if not named and not same:
         listed = ", ".join(target.activation_formats)
         raise RecipeError(
-            f"{target.name} executes no activations of {bits} bits: {listed} are possible"
+            f"{target.name} executes no activations of {bits} bits; use one of: {listed}"
         )
     return (named or same)[0]
 
@@ -72,8 +73,8 @@ def weight_scheme(target: Target, op: str, asked: str | None) -> QuantScheme:
     same.sort(key=lambda f: FORMATS[f].signed != FORMATS[own.format].signed)
     if not same:
         raise RecipeError(
-            f"{target.name} executes no {asked} weights in {op} beside quantized activations: "
-            f"{', '.join(possible)} are possible"
+            f"{target.name} executes no {asked} weights in {op} beside quantized activations; "
+            f"use one of: {', '.join(possible)}"
         )
     return own if own.format in same else _of(own, same[0])
 

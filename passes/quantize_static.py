@@ -35,7 +35,7 @@ from onnxq.passes.work import macs
 from onnxq.statistics import Histogram, Method
 from onnxq.targets import Target
 
-Activations = Literal["auto", "int8", "uint8", "int16", "uint16"]
+Activations = Literal["auto", "a8", "a16", "int8", "uint8", "int16", "uint16"]
 Weights = Literal["auto", "int8", "uint8", "int16", "int4", "uint4", "int2"]
 Bias = Literal["auto", "int32", "float"]
 
@@ -44,11 +44,11 @@ Bias = Literal["auto", "int32", "float"]
 class QuantizeStatic:
     """Quantize what the target can run in integers, with ranges calibrated on samples.
 
-    activations, weights: formats, of the target's own sign where it wants another; auto: what the
-    target is fastest with. range: how activation ranges are chosen (minmax, percentile, entropy,
-    mse). weight_range: minmax or mse. bias: int32 or float, where the target takes either. layers:
-    overrides for single layers, see `onnxq.layers`. calibration: a file; re-used when it is there,
-    written when it is not, completed when the same samples are given.
+    activations, weights: formats, of the target's own sign where it wants another (a8, a16: in any
+    case); auto: what the target is fastest with. range: how activation ranges are chosen (minmax,
+    percentile, entropy, mse). weight_range: minmax or mse. bias: int32 or float, where the target
+    takes either. layers: overrides for single layers, see `onnxq.layers`. calibration: a file;
+    re-used when it is there, written when it is not, completed when the same samples are given.
     """
 
     target: Target

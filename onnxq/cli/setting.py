@@ -19,7 +19,7 @@ OPTIONS = (
     ),
     click.option(
         "--activations", metavar="FORMAT", shell_complete=complete_format,
-        help="Format of activations with fixed ranges: int8 or int16; default: the target's.",
+        help="Format of activations with fixed ranges: a8, a16, or by name; default: the recipe's.",
     ),
     click.option(
         "--granularity", type=click.Choice(["tensor", "channel", "group"]),
