@@ -28,7 +28,7 @@ from onnxq.passes.ops import (
 )
 from onnxq.passes.work import Shapes
 from onnxq.serialization import bodies_of
-from onnxq.targets import Costs, OpRule, Target
+from onnxq.targets import Costs, OpRule, Rate, Target
 
 RULE = "quantize_static"
 
@@ -286,10 +286,15 @@ class _Chooser:
         others = id(tensor) in self.outputs or len(integers) < sum(1 for _ in readers(tensor))
         for reader in integers:
             network.add(reader, ("quantize", key), INFINITE)
-        network.add(("quantize", key), source, costs.float_node + costs.quantize * elements)
+        shape = self.shapes.get(tensor.name, tensor.shape) or ()
+        layout = costs.layout if maker is not None and len(shape) == 4 else 0.0
+        made_by = tensor.inputs[0].op if tensor.inputs else ""
+        rate = costs.quantize + layout + costs.operators.get(made_by, Rate()).hoisted
+        network.add(("quantize", key), source, costs.float_node + rate * elements)
         if maker is None or self.target.operators[maker.op].output != "quantized":
             return
-        network.add(id(maker), ("dequantize", key), costs.float_node + costs.dequantize * elements)
+        rate = costs.float_node + (costs.dequantize + layout) * elements
+        network.add(id(maker), ("dequantize", key), rate)
         for reader in integers:
             network.add(("dequantize", key), reader, INFINITE)
         if others:

@@ -42,7 +42,11 @@ class OpRule:
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """Nanoseconds of one operator; `onnxq.passes.costs` says how they are put together."""
+    """Nanoseconds of one operator; `onnxq.passes.costs` says how they are put together.
+
+    hoisted: an element of a float node's result when that is quantized: where the runtime lifts the
+    QuantizeLinear over the node, to run it in integers in the layout of floats.
+    """
 
     float_element: float = 0.0
     float_mac: float = 0.0
@@ -50,8 +54,9 @@ class Rate:
     integer_element: float = 0.0
     integer_mac: float = 0.0
     integer_rows: float = 0.0
+    tap: float = 0.0
     patch: float = 0.0
-    narrow: float = 1.0
+    hoisted: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +64,10 @@ class Costs:
     """What things cost on a target, in nanoseconds, measured; only ratios matter.
 
     float_node, integer_node: for a node, whatever its size. quantize, dequantize: an element that
-    changes between floats and integers, the change of memory layout included. block: channels that
-    one vector holds.
+    changes between floats and integers; layout: what the change of memory layout adds to that around
+    convolutions. block: channels that one vector of floats holds.
+    input_lanes, output_lanes, depthwise_lanes: the fast integer convolution takes channels in
+    multiples of the first and the last, and writes at least the second; others take twice the time.
     """
 
     float_node: float
@@ -69,6 +76,10 @@ class Costs:
     dequantize: float
     block: int
     operators: Mapping[str, Rate]
+    layout: float = 0.0
+    input_lanes: int = 1
+    output_lanes: int = 1
+    depthwise_lanes: int = 1
 
 
 @dataclass(frozen=True, slots=True)
