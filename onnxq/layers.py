@@ -132,8 +132,8 @@ def _parse(text: str) -> Choice:
         )
     if asked not in formats():
         raise RecipeError(
-            f"--layer {text!r}: unknown format {asked!r}: one of {', '.join(_plain())}, or widths of "
-            f"activations and weights as in a16w8, a16, w4{meant(asked, formats())}"
+            f"--layer {text!r}: unknown format {asked!r}: one of {', '.join(_plain())}, or "
+            f"widths of activations and weights as in a16w8, a16, w4{meant(asked, formats())}"
         )
     if asked == "float":
         return Choice(pattern, asked)

@@ -55,9 +55,19 @@ class QuantizeDynamic:
         """The pass's name."""
         return NAME
 
+    @property
+    def unfit(self) -> str | None:
+        """Why the target can do nothing with it."""
+        if self.target.dynamic:
+            return None
+        return (
+            f"{self.target.name} does not quantize activations at run time: use the recipe int8 "
+            "with --data, or int8-weights"
+        )
+
     def __call__(self, model: Model, /) -> Sequence[Note]:
         """Rewrite in place; a note for each layer, or why not."""
-        if why := self._refused(model):
+        if why := self.unfit or _too_old(model):
             return [Note(NAME, model.graph.name, why, changed=False)]
         inputs = _guessed(model) | {k: list(v) for k, v in (self.shapes or {}).items()}
         shapes, free = model.shapes_for(inputs), _free(model, inputs)
@@ -86,14 +96,6 @@ class QuantizeDynamic:
             model.sweep()
         return notes
 
-    def _refused(self, model: Model) -> str | None:
-        """Why nothing at all can be done."""
-        if not self.target.dynamic:
-            return f"{self.target.name} does not quantize activations at run time"
-        if model.opset < OPSET:
-            return f"opset {model.opset} has no DynamicQuantizeLinear: opset {OPSET} is needed"
-        return None
-
     def _rule(self, node: gs.Node, choice: Choice | None) -> DynamicRule:
         """How the target runs the node; raises Skip if it does not, or is asked not to."""
         if choice is not None and choice.is_float:
@@ -117,6 +119,12 @@ class QuantizeDynamic:
             largest = max(made, key=lambda p: p.depth * p.columns)
             size = f"{largest.rows:g} x {largest.depth:g} x {largest.columns:g}"
             raise Skip(f"floats are faster here on {self.target.name}: it multiplies {size}")
+
+
+def _too_old(model: Model) -> str | None:
+    if model.opset >= OPSET:
+        return None
+    return f"opset {model.opset} has no DynamicQuantizeLinear: opset {OPSET} is needed"
 
 
 def check_product(node: gs.Node) -> None:

@@ -11,13 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from onnxq.core import Pipeline
+from onnxq.core import Pass, Pipeline
 from onnxq.data import Samples
 from onnxq.errors import RecipeError, meant
 from onnxq.options import build, options_of
 from onnxq.plugins import find_pass
-from onnxq.targets import Target, load_target
-from onnxq.targets import names as target_names
+from onnxq.targets import Target
 
 HERE = Path(__file__).parent
 
@@ -117,19 +116,13 @@ def plan(
 ) -> Pipeline:
     """The recipe's passes with their options filled in; nothing runs.
 
-    quantize_weights is left out where the target does not fold what it writes, quantize_dynamic
-    where it has no kernels for that, and another pass quantizes.
+    A pass may say by `opset` which version of the operators it writes: raise_opset goes as far. And
+    by `unfit` why the target can do nothing with what it writes: it is left out beside other passes
+    that quantize.
 
-    Raises RecipeError for an option that a pass does not have or cannot take, and for a recipe that
-    the target cannot run.
+    Raises RecipeError for an option that a pass does not have or cannot take, and for a target that
+    can do nothing with any of it.
     """
-    if not target.dynamic and {"quantize_dynamic", "quantize_static"} & {*recipe.passes} == {
-        "quantize_dynamic"
-    }:
-        raise RecipeError(
-            f"{target.name} does not quantize activations at run time: use the recipe int8 (with "
-            f"--data) or a target that does ({', '.join(_with_dynamic())})"
-        )
     context: dict[str, Any] = {
         "target": target,
         "samples": samples,
@@ -139,19 +132,20 @@ def plan(
         "version": target.opset,
         "integer_moves": target.integer_moves,
     }
-    left_out = {
-        *(() if target.stored_weights else ("quantize_weights",)),
-        *(() if target.dynamic else ("quantize_dynamic",)),
-    }
-    passes = [n for n in recipe.passes if n not in left_out]
-    return Pipeline(
-        recipe.name,
-        tuple(build(n, find_pass(n), recipe.options.get(n, {}), context) for n in passes),
-    )
 
+    def built(name: str) -> Pass:
+        return build(name, find_pass(name), recipe.options.get(name, {}), context)
 
-def _with_dynamic() -> list[str]:
-    return [name for name in target_names() if load_target(name).dynamic]
+    passes = {name: built(name) for name in recipe.passes}
+    unfit = {n: why for n, p in passes.items() if (why := getattr(p, "unfit", None)) is not None}
+    if "quantize_dynamic" in unfit and "quantize_static" not in passes:
+        raise RecipeError(unfit["quantize_dynamic"])  # weights alone are not what was asked for
+    if unfit and all(n in unfit for n in passes if n.startswith("quantize")):
+        raise RecipeError(next(iter(unfit.values())))
+    kept = [n for n in recipe.passes if n not in unfit]
+    needed = max([target.opset, *(getattr(passes[n], "opset", 0) for n in kept)])
+    context["version"] = min(needed, target.max_opset or needed)
+    return Pipeline(recipe.name, tuple(built(n) for n in kept))
 
 
 def _input_shapes(samples: Samples | None) -> dict[str, tuple[int, ...]] | None:
@@ -162,6 +156,15 @@ def _input_shapes(samples: Samples | None) -> dict[str, tuple[int, ...]] | None:
 
 
 def wants(recipe: Recipe, field: str) -> bool:
-    """Whether one of its passes takes `samples`, or a `calibration`."""
-    entries = (find_pass(name) for name in recipe.passes)
-    return any(field in getattr(entry, "__dataclass_fields__", {}) for entry in entries)
+    """Whether one of its passes needs `samples`, or a `calibration`.
+
+    One that takes them needs them, unless it says by `wants(field, options)` that with the recipe's
+    options it does not.
+    """
+    for name in recipe.passes:
+        entry = find_pass(name)
+        if field in getattr(entry, "__dataclass_fields__", {}):
+            asked = getattr(entry, "wants", None)
+            if asked is None or asked(field, recipe.options.get(name, {})):
+                return True
+    return False

@@ -70,6 +70,37 @@ class Costs:
 
 
 @dataclass(frozen=True, slots=True)
+class KernelCost:
+    """Nanoseconds of a matrix product; `onnxq.passes.weight_kernels` puts them together.
+
+    node: for a node. weight: to read one. product: to multiply and add. value: to bring one value
+    of the other operand to integers.
+    """
+
+    node: float
+    weight: float
+    product: float
+    value: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class WeightKernels:
+    """What multiplies floats with integer weights, written as DequantizeLinear and an operator.
+
+    operators: whose right operand may be integers. formats: of the weights. groups: sizes that
+    share a scale; channels: one scale a column, or a matrix, is allowed as well. symmetric: no zero
+    points. costs: by bits of the weight, and "float"; without them a kernel always pays.
+    """
+
+    operators: tuple[str, ...]
+    formats: tuple[str, ...]
+    groups: tuple[int, ...] = ()
+    channels: bool = True
+    symmetric: bool = False
+    costs: Mapping[str, KernelCost] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class Target:
     """A runtime: number formats, the operators that it runs in integers, and what that costs.
 
@@ -80,11 +111,12 @@ class Target:
     to; max_opset: what it reads. domains: of operators that it knows. integer_operators: operators
     on integers (QLinearConv, ...) that it reads. integer_moves: Reshape, MaxPool and the like may
     stand on integers, without a pair around them. stored_weights: constants that are computed
-    from integers (Cast, Mul) are folded at load. static_shapes: free dimensions must be fixed.
-    saturates: u8s8 products are added in pairs in saturating 16 bits. file_format: what is written
-    beside the .onnx. machines: on which ONNX Runtime's CPU times are the target's own. Without
-    costs, every operator that can run in integers does. dynamic: operators that it runs with
-    activations quantized at run time, see `onnxq.targets.dynamic`.
+    from integers (Cast, Mul) are folded at load; stored_formats: of such integers, all that onnxq
+    writes if none are named. weight_kernels: for float layers with integer weights. static_shapes:
+    free dimensions must be fixed. saturates: u8s8 products are added in pairs in saturating 16
+    bits. file_format: what is written beside the .onnx. machines: on which ONNX Runtime's CPU times
+    are the target's own. Without costs, every operator that can run in integers does. dynamic:
+    operators that it runs with activations quantized at run time, see `onnxq.targets.dynamic`.
 
     sources: where each fact is from, by its name here; an operator without a source of its own has
     that of "operators".
@@ -107,6 +139,8 @@ class Target:
     integer_operators: tuple[str, ...] = ()
     integer_moves: bool = False
     stored_weights: bool = True
+    stored_formats: tuple[str, ...] = ()
+    weight_kernels: WeightKernels | None = None
     static_shapes: bool = False
     saturates: bool = False
     file_format: FileFormat = "onnx"
@@ -190,7 +224,9 @@ def _target(name: str, table: dict[str, Any]) -> Target:
     }
     if unknown := set(table) - {f.name for f in fields(Target)}:
         raise ValueError(f"unknown key {', '.join(sorted(unknown))}")
-    if strange := {f for found in formats.values() for f in found} - set(FORMATS):
+    named = [*formats.values(), table.get("stored_formats", ())]
+    named += [table.get("weight_kernels", {}).get("formats", ())]
+    if strange := {f for found in named for f in found} - set(FORMATS):
         raise ValueError(f"unknown format {', '.join(sorted(strange))}")
     if stray := set(table.get("sources", {})) - set(table):
         raise ValueError(f"sources of {', '.join(sorted(stray))}, which it does not state")
@@ -204,6 +240,8 @@ def _target(name: str, table: dict[str, Any]) -> Target:
         table["dynamic"] = {op: dynamic_rule(op, row) for op, row in table["dynamic"].items()}
     if "costs" in table:
         table["costs"] = _costs(table["costs"])
+    if "weight_kernels" in table:
+        table["weight_kernels"] = _weight_kernels(table["weight_kernels"])
     plain: dict[str, Any] = {
         key: tuple(v) if isinstance(v, list) else v for key, v in table.items()
     }
@@ -233,6 +271,14 @@ def _costs(table: dict[str, Any]) -> Costs:
     numbers = {k: v for k, v in table.items() if not isinstance(v, dict)}
     rates = {k: Rate(**v) for k, v in table.items() if isinstance(v, dict)}
     return Costs(operators=rates, **numbers)
+
+
+def _weight_kernels(table: dict[str, Any]) -> WeightKernels:
+    costs = {k: KernelCost(**v) for k, v in table.pop("costs", {}).items()}
+    if costs and "float" not in costs:
+        raise ValueError("weight_kernels.costs lacks those of float, to compare with")
+    plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in table.items()}
+    return WeightKernels(costs=costs, **plain)
 
 
 def _rule(op: str, row: dict[str, Any], weights: dict[str, Any]) -> OpRule:
