@@ -20,36 +20,39 @@ from onnxq.targets.dynamic import Product
 WORTH = 0.9
 
 
-def products(node: gs.Node, shapes: Shapes) -> list[Product]:
-    """The products of a layer that has a constant weight; sizes that nobody knows count as 1."""
+def products(node: gs.Node, shapes: Shapes, free: int = 1) -> list[Product]:
+    """The products of a layer that has a constant weight.
+
+    Sizes that nobody knows count as 1 where a batch is (the first axis; the second of an LSTM's
+    input) and as `free` elsewhere.
+    """
     if node.op == "LSTM":
-        return _lstm(node, shapes)
+        return _lstm(node, shapes, free)
     index = weight_input(node)
     weight = node.inputs[index or 0]
     if node.op == "Conv":
         columns = weight.shape[0] / node.attrs.get("group", 1)
-        depth = prod(weight.shape[1:])
-        return [Product(_size(node.outputs[0], shapes) / columns, depth, columns)]
+        outputs = prod(_known(node.outputs[0], shapes, free))
+        return [Product(outputs / columns, prod(weight.shape[1:]), columns)]
     turned = index == 0 or (node.op == "Gemm" and node.attrs.get("transB", 0))
     depth, columns = reversed(weight.shape) if turned else weight.shape
-    data = node.inputs[1 - (index or 0)]
-    return [Product(max(1.0, _size(data, shapes) / depth), depth, columns)]
+    inputs = prod(_known(node.inputs[1 - (index or 0)], shapes, free))
+    return [Product(max(1.0, inputs / depth), depth, columns)]
 
 
-def _lstm(node: gs.Node, shapes: Shapes) -> list[Product]:
+def _lstm(node: gs.Node, shapes: Shapes, free: int) -> list[Product]:
     directions, gates, inputs = node.inputs[1].shape
     hidden = node.inputs[2].shape[2]
-    steps, batch = [*_known(node.inputs[0], shapes), 1, 1][:2]
+    steps, batch = [*_known(node.inputs[0], shapes, free, batch=1), free, 1][:2]
     return [
         Product(steps * batch, inputs, gates, directions),
         Product(batch, hidden, gates, directions * steps),
     ]
 
 
-def _known(tensor: gs.Tensor, shapes: Shapes) -> list[int]:
+def _known(tensor: gs.Tensor, shapes: Shapes, free: int, *, batch: int = 0) -> list[int]:
     shape = shapes.get(tensor.name) or tensor.shape or ()
-    return [d if isinstance(d, int) and d > 0 else 1 for d in shape]
-
-
-def _size(tensor: gs.Tensor, shapes: Shapes) -> float:
-    return float(prod(_known(tensor, shapes)))
+    return [
+        d if isinstance(d, int) and d > 0 else 1 if axis == batch else free
+        for axis, d in enumerate(shape)
+    ]

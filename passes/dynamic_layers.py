@@ -29,7 +29,7 @@ from onnxq.schemes import QParams, QuantScheme, integers, quantize_weight
 from onnxq.targets.dynamic import DynamicRule
 
 FLOAT = np.dtype(np.float32)
-GATES = 4  # of an LSTM
+TINY = 1e-30  # what a row of zeros is divided by
 LSTM_INPUTS = 8  # X, W, R, B, sequence_lens, initial_h, initial_c, P; then the scales
 LSTM_ATTRIBUTES = (
     "activation_alpha", "activation_beta", "activations", "clip", "direction", "hidden_size",
@@ -52,31 +52,37 @@ class Editor:
 
     def __init__(self, model: Model, *, saturates: bool) -> None:
         self.model, self.saturates = model, saturates
-        self.quantized: dict[tuple[int, int], list[gs.Tensor]] = {}
+        self.quantized: dict[tuple[int, int, bool], list[gs.Tensor]] = {}
         self.packed: dict[tuple[Any, ...], Packed] = {}
 
-    def rewrite(self, node: gs.Node, rule: DynamicRule) -> int:
-        """Write the layer by the rule's kernel; how many scales the guard raised."""
+    def rewrite(self, node: gs.Node, rule: DynamicRule, *, rows: bool = False) -> int:
+        """Write the layer by the rule's kernel; how many scales the guard raised.
+
+        rows: give each row of a MatMul's or Gemm's input a range of its own.
+        """
         if rule.kernel == "DynamicQuantizeLSTM":
             return self.lstm(node, rule.weights)
         if rule.kernel == "ConvInteger":
             return self.conv(node, rule.weights)
-        return self.matmul(node, rule.weights)
+        return self.matmul(node, rule.weights, rows=rows)
 
-    def matmul(self, node: gs.Node, scheme: QuantScheme) -> int:
-        """MatMul and Gemm: [.., M, K] x [K, N]."""
+    def matmul(self, node: gs.Node, scheme: QuantScheme, *, rows: bool) -> int:
+        """MatMul and Gemm: [.., M, K] x [K, N]; rows: a range for each of M."""
         index = weight_input(node)
         is_gemm, from_left = node.op == "Gemm", index == 0
         assert index is not None
         turned = from_left or bool(is_gemm and node.attrs.get("transB", 0))
         weight = self.weight(node, node.inputs[index], scheme, turned=turned)
         data, out = node.inputs[1 - index], node.outputs[0]
-        q, scale, zero = self.integers_of(data, node)
-        if from_left or (is_gemm and node.attrs.get("transA", 0)):
+        across = from_left or bool(is_gemm and node.attrs.get("transA", 0))
+        q, scale, zero, *sizes = self.integers_of(data, node, rows=rows and not across)
+        if across:
             q = self.transposed(q, data.shape, node)
         alpha = np.float32(node.attrs.get("alpha", 1.0) if is_gemm else 1.0)
         bias = node.inputs[2] if is_gemm and len(node.inputs) > 2 else None
         y = self.product("MatMulInteger", q, scale, zero, weight, weight.scale * alpha, node, {})
+        for size in sizes:
+            y = self.emit("Mul", y, size, node=node, name=out.name)
         if bias is not None and bias.name:
             columns = int(weight.values.shape[1])
             y = self.emit("Add", y, self.scaled(bias, node, columns), node=node, name=out.name)
@@ -170,19 +176,43 @@ class Editor:
         )  # fmt: skip
         return self.emit("Mul", wide, both, node=node, name=name)
 
-    def integers_of(self, tensor: gs.Tensor, node: gs.Node) -> list[gs.Tensor]:
-        """[integers, scale, zero point] of a tensor, made in the graph that holds the node."""
-        key = (id(tensor), id(self.model.graph_of(node)))
+    def integers_of(
+        self, tensor: gs.Tensor, node: gs.Node, *, rows: bool = False
+    ) -> list[gs.Tensor]:
+        """[integers, scale, zero point] of a tensor, made in the graph that holds the node.
+
+        rows: of the tensor divided by the greatest absolute value of each row, which comes last.
+        """
+        key = (id(tensor), id(self.model.graph_of(node)), rows)
         if key not in self.quantized:
+            sizes = [self.row_sizes(tensor, node)] if rows else []
+            source = tensor
+            for size in sizes:
+                source = self.model.emit(
+                    "Div", tensor, size, name=f"{tensor.name}_rows", like=tensor, at=node
+                )
             q = self.model.emit(
-                "DynamicQuantizeLinear", tensor, name=f"{tensor.name}_quantized",
+                "DynamicQuantizeLinear", source, name=f"{tensor.name}_quantized",
                 dtype=np.dtype(np.uint8), shape=tensor.shape, at=node,
             )  # fmt: skip
             scale = gs.Variable(self.model.unique(f"{tensor.name}_scale"), FLOAT, [])
             zero = gs.Variable(self.model.unique(f"{tensor.name}_zero_point"), q.dtype, [])
             q.inputs[0].outputs += [scale, zero]
-            self.quantized[key] = [q, scale, zero]
+            self.quantized[key] = [q, scale, zero, *sizes]
         return self.quantized[key]
+
+    def row_sizes(self, tensor: gs.Tensor, node: gs.Node) -> gs.Tensor:
+        """The greatest |x| of each row, never zero: [.., M, 1]."""
+        shape = None if tensor.shape is None else [*tensor.shape[:-1], 1]
+        name, emit = f"{tensor.name}_row_sizes", self.model.emit
+        positive = emit("Abs", tensor, name=f"{tensor.name}_abs", like=tensor, at=node)
+        inputs, attrs = [positive], {"axes": [-1]}
+        if self.model.opset >= 18:  # onnx Operators.md: axes is an input from there on
+            inputs, attrs = [positive, self.model.constant(f"{name}_axes", np.array([-1]))], {}
+        more: dict[str, Any] = {"keepdims": 1, **attrs}
+        largest = emit("ReduceMax", *inputs, name=name, dtype=FLOAT, shape=shape, at=node, **more)
+        least = self.model.constant(f"{name}_least", np.array(TINY, np.float32))
+        return emit("Max", largest, least, name=name, like=largest, at=node)
 
     def transposed(self, tensor: gs.Tensor, like: Sequence[Any], node: gs.Node) -> gs.Tensor:
         """The last two axes exchanged; like: a shape with the tensor's rank."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -24,25 +25,28 @@ from onnxq.passes.dynamic_costs import WORTH, products
 from onnxq.passes.dynamic_layers import Editor
 from onnxq.passes.ops import OPS, is_constant, weight_input
 from onnxq.passes.sensitive import front_ends
-from onnxq.passes.work import RECURRENT, Shapes
+from onnxq.passes.work import RECURRENT
 from onnxq.targets import Target
-from onnxq.targets.dynamic import DynamicRule
+from onnxq.targets.dynamic import DynamicRule, Product
 
 NAME = "quantize_dynamic"
 LAYERS = (*(op for op, spec in OPS.items() if spec.role == "linear"), *RECURRENT)
 OPSET = 11  # onnx Operators.md: DynamicQuantizeLinear; MatMulInteger and ConvInteger are of 10
-GUESSED = 64  # what free axes other than the first are taken for: as synthetic samples try first
+GUESSED = 64  # what free axes but the first are taken for: what synthetic samples try first
 
 
 @dataclass(frozen=True, slots=True)
 class QuantizeDynamic:
     """Layers with constant weights where the target has a kernel and it pays; in bodies too.
 
-    layers: overrides, see `onnxq.layers`. shapes: of one sample's inputs by name, to know sizes;
-    free axes count as 1 (the first) or 64 without.
+    range: of what a range is taken at run time: a whole input, or each row of a MatMul's or Gemm's
+    (a token's values, say), which is closer where rows differ, and slower. layers: overrides, see
+    `onnxq.layers`. shapes: of one sample's inputs by name, to know sizes; free axes count as 1 (the
+    first) or 64 without.
     """
 
     target: Target
+    range: Literal["tensor", "row"] = "tensor"
     layers: tuple[str, ...] = ()
     shapes: Mapping[str, Sequence[int]] | None = None
 
@@ -51,11 +55,22 @@ class QuantizeDynamic:
         """The pass's name."""
         return NAME
 
+    @property
+    def unfit(self) -> str | None:
+        """Why the target can do nothing with it."""
+        if self.target.dynamic:
+            return None
+        return (
+            f"{self.target.name} does not quantize activations at run time: use the recipe int8 "
+            "with --data, or int8-weights"
+        )
+
     def __call__(self, model: Model, /) -> Sequence[Note]:
         """Rewrite in place; a note for each layer, or why not."""
-        if why := self._refused(model):
+        if why := self.unfit or _too_old(model):
             return [Note(NAME, model.graph.name, why, changed=False)]
-        shapes = model.shapes_for(self.shapes if self.shapes is not None else _guessed(model))
+        inputs = _guessed(model) | {k: list(v) for k, v in (self.shapes or {}).items()}
+        shapes, free = model.shapes_for(inputs), _free(model, inputs)
         asked = Layers.parse(self.layers).choices(model)
         floats = {id(node): reason for node, reason in front_ends(model)}
         editor = Editor(model, saturates=self.target.saturates)
@@ -69,25 +84,17 @@ class QuantizeDynamic:
                 if choice is None or choice.weights is None:  # else it is what the user wants
                     if id(node) in floats:
                         raise Skip(floats[id(node)])
-                    self._pays(node, rule, shapes)
+                    self._pays(node, rule, products(node, shapes, free))
             except Skip as reason:
                 notes.append(Note(NAME, node.name, str(reason), changed=False))
                 continue
             text = f"{node.op}: activations quantized at run time, {rule.weights.format} weights"
-            if raised := editor.rewrite(node, rule):
+            if raised := editor.rewrite(node, rule, rows=self.range == "row"):
                 text += f", scales of {raised} channels raised to keep sums of pairs in 16 bits"
             notes.append(Note(NAME, node.name, text))
         if any(note.changed for note in notes):
             model.sweep()
         return notes
-
-    def _refused(self, model: Model) -> str | None:
-        """Why nothing at all can be done."""
-        if not self.target.dynamic:
-            return f"{self.target.name} does not quantize activations at run time"
-        if model.opset < OPSET:
-            return f"opset {model.opset} has no DynamicQuantizeLinear: opset {OPSET} is needed"
-        return None
 
     def _rule(self, node: gs.Node, choice: Choice | None) -> DynamicRule:
         """How the target runs the node; raises Skip if it does not, or is asked not to."""
@@ -101,15 +108,23 @@ class QuantizeDynamic:
         check_lstm(node) if node.op == "LSTM" else check_product(node)
         return rule
 
-    def _pays(self, node: gs.Node, rule: DynamicRule, shapes: Shapes) -> None:
+    def _pays(self, node: gs.Node, rule: DynamicRule, made: Sequence[Product]) -> None:
         """Raise Skip where floats are faster."""
         if rule.floats is None or rule.integers is None:
             return
-        made = products(node, shapes)
-        if rule.integers.ns(made) > WORTH * rule.floats.ns(made):
+        in_integers = rule.integers.ns(made)
+        if self.range == "row":
+            in_integers += rule.rowwise.ns(made)
+        if in_integers > WORTH * rule.floats.ns(made):
             largest = max(made, key=lambda p: p.depth * p.columns)
             size = f"{largest.rows:g} x {largest.depth:g} x {largest.columns:g}"
             raise Skip(f"floats are faster here on {self.target.name}: it multiplies {size}")
+
+
+def _too_old(model: Model) -> str | None:
+    if model.opset >= OPSET:
+        return None
+    return f"opset {model.opset} has no DynamicQuantizeLinear: opset {OPSET} is needed"
 
 
 def check_product(node: gs.Node) -> None:
@@ -175,3 +190,15 @@ def _guessed(model: Model) -> dict[str, list[int]]:
         for tensor in model.graph.inputs
         if tensor.shape is not None
     }
+
+
+def _free(model: Model, inputs: Mapping[str, Sequence[int]]) -> int:
+    """The largest size of a free axis that is not a batch: what sizes inside are taken for."""
+    sizes = [
+        inputs[tensor.name][axis]
+        for tensor in model.graph.inputs
+        if tensor.shape is not None and len(inputs.get(tensor.name, ())) == len(tensor.shape)
+        for axis, d in enumerate(tensor.shape)
+        if axis and not isinstance(d, int)
+    ]
+    return max(sizes, default=1)

@@ -16,8 +16,7 @@ from onnxq.data import Samples
 from onnxq.errors import RecipeError, meant
 from onnxq.options import build, options_of
 from onnxq.plugins import find_pass
-from onnxq.targets import Target, load_target
-from onnxq.targets import names as target_names
+from onnxq.targets import Target
 
 HERE = Path(__file__).parent
 
@@ -160,13 +159,6 @@ def plan(
     Raises RecipeError for an option that a pass does not have or cannot take, and for a target that
     can do nothing with any of it.
     """
-    if not target.dynamic and {"quantize_dynamic", "quantize_static"} & {*recipe.passes} == {
-        "quantize_dynamic"
-    }:
-        raise RecipeError(
-            f"{target.name} does not quantize activations at run time: use the recipe int8 (with "
-            f"--data) or a target that does ({', '.join(_with_dynamic())})"
-        )
     context: dict[str, Any] = {
         "target": target,
         "samples": samples,
@@ -180,19 +172,16 @@ def plan(
     def built(name: str) -> Pass:
         return build(name, find_pass(name), recipe.options.get(name, {}), context)
 
-    left_out = {*(() if target.dynamic else ("quantize_dynamic",))}
-    passes = {name: built(name) for name in recipe.passes if name not in left_out}
+    passes = {name: built(name) for name in recipe.passes}
     unfit = {n: why for n, p in passes.items() if (why := getattr(p, "unfit", None)) is not None}
+    if "quantize_dynamic" in unfit and "quantize_static" not in passes:
+        raise RecipeError(unfit["quantize_dynamic"])  # weights alone are not what was asked for
     if unfit and all(n in unfit for n in passes if n.startswith("quantize")):
         raise RecipeError(next(iter(unfit.values())))
-    kept = [n for n in recipe.passes if n not in unfit and n not in left_out]
+    kept = [n for n in recipe.passes if n not in unfit]
     needed = max([target.opset, *(getattr(passes[n], "opset", 0) for n in kept)])
     context["version"] = min(needed, target.max_opset or needed)
     return Pipeline(recipe.name, tuple(built(n) for n in kept))
-
-
-def _with_dynamic() -> list[str]:
-    return [name for name in target_names() if load_target(name).dynamic]
 
 
 def _input_shapes(samples: Samples | None) -> dict[str, tuple[int, ...]] | None:

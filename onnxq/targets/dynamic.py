@@ -62,13 +62,14 @@ class DynamicRule:
     """How a target runs one operator with activations quantized at run time.
 
     kernel: the operator that multiplies. weights: their format. floats, integers: what the layer
-    costs; without them it always pays.
+    costs; without them it always pays. rowwise: what a range for each row costs on top of integers.
     """
 
     kernel: Kernel
     weights: QuantScheme
     floats: Pace | None = None
     integers: Pace | None = None
+    rowwise: Pace = Pace()
 
 
 def dynamic_rule(op: str, row: dict[str, Any]) -> DynamicRule:
@@ -80,9 +81,10 @@ def dynamic_rule(op: str, row: dict[str, Any]) -> DynamicRule:
     weights = dict(rest.pop("weights"))
     granularity = PerChannel() if weights.pop("per_channel") else PerTensor()
     paces = {key: Pace(**rest.pop(key)) for key in ("floats", "integers") if key in rest}
+    rowwise = Pace(**rest.pop("rowwise", {}))
     if unknown := set(rest) - {"kernel"}:
         raise ValueError(f"dynamic {op}: unknown key {', '.join(sorted(unknown))}")
     if len(paces) == 1:
         raise ValueError(f"dynamic {op}: floats and integers are measured against each other")
     scheme = QuantScheme(granularity=granularity, **weights)
-    return DynamicRule(rest.pop("kernel"), scheme, paces.get("floats"), paces.get("integers"))
+    return DynamicRule(rest["kernel"], scheme, paces.get("floats"), paces.get("integers"), rowwise)
