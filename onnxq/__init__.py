@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from onnxq.model import Model
     from onnxq.precalibration import calibrate
     from onnxq.report import Report
+    from onnxq.settings import Settings
     from onnxq.workflow import optimize
 
 _HOMES = {
@@ -31,6 +32,7 @@ _HOMES = {
     "model": ("Model",),
     "precalibration": ("calibrate",),
     "report": ("Report",),
+    "settings": ("Settings",),
     "looking": ("compare", "inspect"),
     "workflow": ("optimize",),
 }
@@ -50,6 +52,7 @@ __all__ = [
     "RecipeError",
     "Report",
     "Samples",
+    "Settings",
     "Skip",
     "calibrate",
     "check",

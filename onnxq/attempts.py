@@ -11,7 +11,7 @@ import numpy as np
 from onnxq.core import Note
 from onnxq.coverage import Coverage, coverage
 from onnxq.data import Feed, Samples
-from onnxq.demands import broken_rules, require_quantized, require_valid
+from onnxq.demands import broken_rules, require_quantized, require_valid, simulated
 from onnxq.errors import BudgetError
 from onnxq.job import Job
 from onnxq.loading import ModelLike
@@ -68,6 +68,7 @@ def attempt(recipe: Recipe, model: Model, notes: Sequence[Note], setting: Settin
         if not setting.allow_unchanged:
             require_quantized(notes, model)
         warnings = broken_rules(model, setting.target, strict=not setting.allow_unchanged)
+        warnings += simulated(model, setting.target)
     fidelity = None
     if len(setting.held):
         with setting.job.stage("validate"):

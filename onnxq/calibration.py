@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 from onnxq import runtime
 from onnxq.errors import DataError
 from onnxq.files import atomic_write
-from onnxq.instrument import Plan, instrument, stride
+from onnxq.instrument import Plan, Wanted, instrument, stride
 from onnxq.model import Model
 from onnxq.numerics import histograms
-from onnxq.statistics import Histogram, MinMax, Statistic
+from onnxq.statistics import Histogram, MinMax, Statistic, SumOfSquares
 
 Feed = Mapping[str, NDArray[Any]]
 
@@ -36,7 +36,7 @@ BUFFER = 1 << 15  # values kept before they are counted
 
 def calibrate(
     model: Model,
-    wanted: Mapping[str, type[Statistic]],
+    wanted: Wanted,
     data: Iterable[Feed],
     *,
     executor: Executor | None = None,
@@ -44,7 +44,8 @@ def calibrate(
 ) -> dict[str, Statistic]:
     """Observe tensors over samples, those in bodies of If, Loop and Scan too.
 
-    wanted: tensor name -> `MinMax` or `Histogram`. data: dicts of arrays by input name; shapes may
+    wanted: tensor name -> `MinMax`, `Histogram` or `Squares(axis)`, whose result is a
+    `SumOfSquares`, and which bodies do not have. data: dicts of arrays by input name; shapes may
     differ from sample to sample. One sample is in flight (with an executor: a bounded number of
     chunks), so memory does not depend on the number of samples. The result does not depend on how
     the samples are divided. progress is called with the number of samples that are done.
@@ -141,7 +142,9 @@ class Watch:
         )
         late = []
         for probe, tally in zip(self.plan.probes, self.tallies, strict=True):
-            if probe.lo:
+            if probe.sums:
+                tally.see_sums(np.asarray(values[probe.source]))
+            elif probe.lo:
                 lo, hi = float(values[probe.lo].min()), float(values[probe.hi].max())
                 if not np.isfinite(hi - lo):
                     late.append((probe, tally))
@@ -173,7 +176,11 @@ class Watch:
     def statistics(self) -> dict[str, Statistic]:
         """Return what was observed so far."""
         return {
-            probe.tensor: tally.histogram() if probe.histogram else tally.minmax()
+            probe.tensor: tally.sums
+            if tally.sums is not None
+            else tally.histogram()
+            if probe.histogram
+            else tally.minmax()
             for probe, tally in zip(self.plan.probes, self.tallies, strict=True)
         }
 
@@ -189,6 +196,12 @@ class Tally:
     waiting: list[NDArray[np.uint16]] = field(default_factory=list)
     size: int = 0
     counted: histograms.Counts = histograms.NONE
+    sums: SumOfSquares | None = None
+
+    def see_sums(self, sums: NDArray[Any]) -> None:
+        """Add one sample's sums of squares."""
+        new = SumOfSquares.of_sums(sums)
+        self.sums = new if self.sums is None else self.sums.merge(new)
 
     def extend(self, lo: float, hi: float) -> None:
         """Add one sample's extremes."""

@@ -11,6 +11,9 @@ from onnxq.model import Model, producer
 from onnxq.passes.ops import OPS
 from onnxq.passes.work import RECURRENT, Shapes, macs
 
+# What reads integers that a Cast has made of others.
+UNPACKING = ("Mul", "Sub", "DequantizeLinear")
+
 
 @dataclass(frozen=True, slots=True)
 class Coverage:
@@ -90,7 +93,7 @@ def _stored(tensor: gs.Constant) -> bool | None:
             return True
         if node.op.startswith(("QLinear", "MatMulInteger", "ConvInteger")):
             return True
-        if node.op == "Cast" and any(r.op in ("Mul", "Sub") for r in node.outputs[0].outputs):
+        if node.op == "Cast" and any(r.op in UNPACKING for r in node.outputs[0].outputs):
             return True
         if node.op in ("Gather", "Transpose", "Reshape"):
             todo += [reader for out in node.outputs for reader in out.outputs]

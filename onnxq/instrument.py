@@ -8,6 +8,8 @@ and does not divide the tensor's size: so it falls into step with no width, heig
 It starts at another offset for each sample (a Weyl sequence over the sample's number), so that all
 positions are seen over the samples, wherever a sample is run.
 
+Sums of squares of each index of an axis (`Squares`) are made in the graph as well.
+
 Tensors in the bodies of If, Loop and Scan are logged in rows (`onnxq.bodies`).
 """
 
@@ -26,7 +28,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxq import bodies
 from onnxq.errors import ModelError
 from onnxq.model import Model
-from onnxq.statistics import Histogram, MinMax, Statistic
+from onnxq.statistics import Histogram, MinMax, Squares, Statistic
 from onnxq.weights import data_type_of
 
 Feed = Mapping[str, NDArray[Any]]
@@ -34,6 +36,7 @@ Feed = Mapping[str, NDArray[Any]]
 SAMPLE = 2048  # values of a tensor that one sample adds to its histogram
 WHOLE = 1 << 17  # values up to which a tensor is fetched (measured: bench_calibration.py)
 ROWS = 32  # rows that a reduction in the graph leaves, about
+Wanted = Mapping[str, "type[Statistic] | Squares"]
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
 
 
@@ -41,7 +44,8 @@ FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorPr
 class Probe:
     """How one tensor is observed: `source` whole (`is_input`: in the feed), or what is made.
 
-    is_log: `source` is rows of extremes and values, float32 [runs, bodies.ROW].
+    is_log: `source` is rows of extremes and values, float32 [runs, bodies.ROW]. sums: `source` is
+    sums of squares.
     """
 
     tensor: str
@@ -49,6 +53,7 @@ class Probe:
     source: str
     is_input: bool = False
     is_log: bool = False
+    sums: bool = False
     lo: str = ""
     hi: str = ""
     sample: str = ""
@@ -85,9 +90,7 @@ def stride(size: int) -> int:
 STRIDES = tuple(dict.fromkeys(stride(int(SAMPLE * 1.05**k) + 1) for k in range(300)))
 
 
-def instrument(
-    model: Model, wanted: Mapping[str, type[Statistic]], first: Feed
-) -> tuple[onnx.ModelProto, Plan]:
+def instrument(model: Model, wanted: Wanted, first: Feed) -> tuple[onnx.ModelProto, Plan]:
     """Make a model with observations for outputs instead of its own; and say how to use it.
 
     The first sample's shapes decide how tensors of dynamic shape are observed, not what is.
@@ -110,8 +113,8 @@ def instrument(
     extra, log = Observations(graph, opset), bodies.Log()
     probes = []
     for tensor, statistic in wanted.items():
-        if statistic not in (MinMax, Histogram):
-            raise TypeError(f"cannot calibrate {statistic.__name__}: MinMax or Histogram")
+        if statistic not in (MinMax, Histogram) and not isinstance(statistic, Squares):
+            raise TypeError(f"cannot calibrate {statistic}: MinMax, Histogram or Squares")
         if tensor not in inputs and tensor not in made and tensor not in inside:
             raise ModelError(f"there is no activation {tensor!r} to calibrate")
         kind = types[tensor].elem_type if tensor in types else 0
@@ -119,7 +122,12 @@ def instrument(
             name = TensorProto.DataType.Name(kind).lower()
             raise ModelError(f"cannot calibrate {tensor!r}: it is of type {name}, not float")
         histogram = statistic is Histogram
-        if tensor in inputs:
+        if isinstance(statistic, Squares):
+            if tensor in inside:
+                raise ModelError(f"cannot calibrate {tensor!r}: no sums of squares in bodies")
+            rank = len(shapes.get(tensor) or _dims(types[tensor]) or ())
+            probes.append(extra.squares(tensor, kind, rank, statistic.axis))
+        elif tensor in inputs:
             probes.append(Probe(tensor, histogram, tensor, is_input=True))
         elif tensor in made:
             known = _dims(types[tensor])
@@ -180,6 +188,23 @@ class Observations:
         sample = self.node("Slice", flat, start, end, axis, step)
         self.output(sample)
         return Probe(tensor, histogram, source, lo=lo, hi=hi, sample=sample)
+
+    def squares(self, tensor: str, kind: int, rank: int, axis: int) -> Probe:
+        """Sum the squares over all axes but one. Raises ModelError for a rank that is not known."""
+        if not -rank <= axis < rank:
+            raise ModelError(f"cannot calibrate {tensor!r}: it has no axis {axis}")
+        source = tensor
+        if kind != TensorProto.FLOAT:
+            source = self.node("Cast", tensor, to=TensorProto.FLOAT)
+        axes = [a for a in range(rank) if a != axis % rank]
+        if not axes:
+            sums = self.node("Mul", source, source)
+        elif self.opset >= 18:
+            sums = self.node("ReduceSumSquare", source, self.constant(*axes), keepdims=0)
+        else:
+            sums = self.node("ReduceSumSquare", source, keepdims=0, axes=axes)
+        self.output(sums)
+        return Probe(tensor, False, sums, sums=True)
 
     def reduce(self, op: str, source: str, shape: list[int] | None) -> str:
         """Reduce to about ROWS rows: a reduction to one value runs on one core only."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,7 @@ from onnxq.plausibility import SeenInput, first, found, look
 from onnxq.recipes import load_recipe, plan, wants
 from onnxq.report import SCHEMA, to_json
 from onnxq.sampling import NO_SAMPLES, samples_for
+from onnxq.settings import Settings, configured
 from onnxq.targets import load_target
 
 if TYPE_CHECKING:
@@ -59,12 +60,18 @@ def preview(
     images: ImageOptions | None = None,
     recipe: str = "auto",
     target: str = "ort-cpu",
+    settings: Settings | None = None,
+    layers: Sequence[str] = (),
 ) -> Preview:
     """Plan, and look at the first samples; nothing runs and nothing is written.
 
     Raises OnnxqError as `optimize` does for files, samples and names that cannot be used.
     """
-    loaded, chosen, aim = load(model), load_recipe(recipe), load_target(target)
+    loaded, chosen, aim = (
+        load(model),
+        configured(load_recipe(recipe), settings, layers),
+        load_target(target),
+    )
     samples = NO_SAMPLES
     if data is not None or images is not None or wants(chosen, "samples"):
         samples = samples_for(loaded, data, images)

@@ -65,9 +65,15 @@ class Report:
 
     def float_layers(self) -> list[dict[str, Any]]:
         """Each layer that computes in floats: node, op, share of the work, reason."""
-        reasons = {n.node: n.text for n in self.notes if not n.changed}
+        reasons = {n.node: n.text for n in self.notes if n.rule.startswith("quantize")}
+        reasons |= {n.node: n.text for n in self.notes if not n.changed}
+        found = {
+            n: text.removeprefix(f"{op}: ")
+            for n, op, _ in self.coverage.float_layers
+            if (text := reasons.get(n))
+        }
         return [
-            {"node": node, "op": op, "share": share, "reason": reasons.get(node, "")}
+            {"node": node, "op": op, "share": share, "reason": found.get(node, "")}
             for node, op, share in self.coverage.float_layers
         ]
 

@@ -114,6 +114,76 @@ class Histogram:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Squares:
+    """The wish for a `SumOfSquares` of each index of an axis of a tensor."""
+
+    axis: int
+
+
+LIMBS, LIMB_BITS, LEAST_BIT = 4, 32, -48  # covers 2^-48 up to 2^80
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SumOfSquares:
+    """Sums of squares for each index of a tensor's axis, over all other axes and all samples.
+
+    Kept in fixed point, `limbs` [4, n] of 32 bits each from 2^-48 on (int64, not carried over): so
+    that sums of any order and division are the same to the bit, for up to 2^31 samples.
+    """
+
+    limbs: NDArray[np.int64]
+    count: int = 0
+    has_nonfinite: bool = False
+
+    @classmethod
+    def of_sums(cls, sums: NDArray[Any]) -> SumOfSquares:
+        """Of one sample's sums of squares."""
+        rest = np.asarray(sums, np.float64)
+        bad = not (rest < 2.0 ** (LIMBS * LIMB_BITS + LEAST_BIT)).all()  # NaN too
+        rest = np.zeros_like(rest) if bad else np.ldexp(rest, -LEAST_BIT)
+        limbs = np.zeros((LIMBS, rest.size), np.int64)
+        for i in reversed(range(LIMBS)):
+            whole = np.floor(np.ldexp(rest, -LIMB_BITS * i))
+            limbs[i], rest = whole, rest - np.ldexp(whole, LIMB_BITS * i)
+        return cls(limbs, 1, bad)
+
+    @classmethod
+    def of(cls, x: NDArray[Any], axis: int) -> SumOfSquares:
+        """Of one sample's whole tensor."""
+        rows = np.moveaxis(np.asarray(x, np.float64), axis, -1)
+        return cls.of_sums(np.square(rows).sum(tuple(range(rows.ndim - 1))))
+
+    def merge(self, other: SumOfSquares) -> SumOfSquares:
+        """Return the sums over both sets of samples.
+
+        Raises ValueError when the axis is of another length there.
+        """
+        if self.limbs.shape != other.limbs.shape:
+            raise ValueError(f"{self.limbs.shape[1]} sums beside {other.limbs.shape[1]}")
+        return SumOfSquares(
+            self.limbs + other.limbs,
+            self.count + other.count,
+            self.has_nonfinite or other.has_nonfinite,
+        )
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, SumOfSquares)
+            and (self.count, self.has_nonfinite) == (other.count, other.has_nonfinite)
+            and np.array_equal(self.limbs, other.limbs)
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def sums(self) -> NDArray[np.float64]:
+        """The sums of squares."""
+        powers = [LEAST_BIT + LIMB_BITS * i for i in range(LIMBS)]
+        parts = np.ldexp(self.limbs.astype(np.float64), np.array(powers)[:, None])
+        return np.asarray(parts.sum(0))
+
+
 def extremes(x: NDArray[Any]) -> tuple[float, float, bool]:
     """Least and greatest finite value (inf, -inf if none), and whether NaN or infinities occur."""
     values = np.asarray(x)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from onnxq.recipes import load_recipe, wants
 from onnxq.report import Report
 from onnxq.sampling import NO_SAMPLES, samples_for, samples_to_compare, split
 from onnxq.selection import choose_one, run_one
+from onnxq.settings import Settings, configured
 from onnxq.targets import Target, load_target
 
 COMPARE_SECONDS = 5.0
@@ -40,6 +41,8 @@ def optimize(
     images: ImageOptions | None = None,
     recipe: str = "auto",
     target: str = "ort-cpu",
+    settings: Settings | None = None,
+    layers: Sequence[str] = (),
     calibration: PathLike | None = None,
     objective: Objective = "speed",
     min_sqnr: float | None = None,
@@ -51,11 +54,13 @@ def optimize(
     """Optimize a model by a recipe for a target, compare it with the original, and write it.
 
     data, images: see `onnxq.data.open_samples`; synthetic samples without. The last quarter of 8 or
-    more samples is kept from calibration and used for the comparison. calibration: a file; re-used
-    when it is there, written when not. objective: what a recipe that chooses (auto) looks at first.
-    min_sqnr: dB that every output must reach; 20 where a recipe chooses. validate: whether to
-    compare; None leaves it out where the recipe does not run the model anyway and that is large
-    or nothing for onnxruntime. output None, or dry_run: nothing is written.
+    more samples is kept from calibration and used for the comparison. settings: options of the
+    recipe's passes. layers: overrides for single layers, "PATTERN=FORMAT" (`onnxq.layers`).
+    calibration: a file; re-used when it is there, written when not. objective: what a recipe that
+    chooses (auto) looks at first. min_sqnr: dB that every output must reach; 20 where a recipe
+    chooses. validate: whether to compare; None leaves it out where the recipe does not run the
+    model anyway and that is large or nothing for onnxruntime. output None, or dry_run: nothing is
+    written.
 
     Raises OnnxqError: ModelError, DataError, RecipeError for what cannot be used; BudgetError when
     min_sqnr is missed, nothing was quantized, or the target has no floats and they are needed
@@ -66,7 +71,7 @@ def optimize(
     with job.stage("load"):
         original = model if isinstance(model, str | os.PathLike) else load(model).copy()
         edited = load(original).copy() if isinstance(original, Model) else load(original)
-        chosen, aim = load_recipe(recipe), load_target(target)
+        chosen, aim = configured(load_recipe(recipe), settings, layers), load_target(target)
         if chosen.choose and validate is False:
             raise RecipeError(
                 f"{chosen.name} has to compare what it chooses from: no --no-validate"
@@ -103,7 +108,7 @@ def optimize(
             else:
                 found = run_one(chosen, edited, setting, min_sqnr)
     done = found.attempt
-    job.warnings += done.warnings
+    job.warnings += [*done.warnings, *job.unmatched]
     with job.stage("write"):
         size, also = _written(done.model, written, aim)
     used = f"{len(fitting)} for calibration: " if wants(done.recipe, "samples") else ""

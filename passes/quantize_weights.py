@@ -1,101 +1,335 @@
-"""Store weights of layers that compute in floats as 8-bit integers.
+"""Store weights of layers that compute in floats in few bits.
 
-    y = Layer(x, W)    =>    y = Layer(x, Mul(Cast(Wq), s))
+    y = Layer(x, W)    =>    y = Layer(x, Mul(Cast(Wq), s))              encoding: storage
+    y = MatMul(x, W)   =>    y = MatMul(x, DequantizeLinear(Wq, s))      encoding: compute
 
-Runtimes compute the Mul once, when they load the model: the file is a quarter of the size and the
-speed is that of floats. (A DequantizeLinear would be computed at every run.) Scales are per output
-channel: one for all the products that are summed into one value.
+Storage is computed once, when the model is loaded: the file is small and the speed that of floats.
+Compute is for kernels that multiply with integers, where the target has them and they are faster;
+elsewhere a DequantizeLinear would be computed at every run. See `onnxq.passes.encodings`.
+
+A scale belongs to a tensor, to a channel (all the products that are summed into one value), or to a
+group of values within a channel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-import onnx
 import onnx_graphsurgeon as gs
-from numpy.typing import NDArray
 
 from onnxq.core import Note, Skip
-from onnxq.model import Model, values_of
+from onnxq.data import Samples
+from onnxq.layers import Choice, Layers
+from onnxq.model import Model, readers, values_of
+from onnxq.passes.encodings import (
+    STORAGE_SINCE,
+    Encoding,
+    Packed,
+    dequantized,
+    opset_for,
+    stored,
+)
+from onnxq.passes.importance import Importance, observed
+from onnxq.passes.layouts import WEIGHTS, Held, held_by
 from onnxq.passes.ops import is_constant
 from onnxq.passes.sensitive import OUTPUT_SHARE, output_convolutions
-from onnxq.schemes import PerChannel, QuantScheme
+from onnxq.passes.weight_kernels import why_no_gain, why_no_kernel
+from onnxq.schemes import (
+    FORMATS,
+    FloatFormat,
+    Granularity,
+    Method,
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    QuantScheme,
+    Rounding,
+    quantize_weight,
+)
+from onnxq.targets import Target
+from onnxq.weights import data_type_of, stored_size
 
 NAME = "quantize_weights"
-# Inputs that hold weights, and for each the axes that are summed over (share a scale).
-WEIGHTS: dict[str, tuple[tuple[int, tuple[int, ...]], ...]] = {
-    "Conv": ((1, (1, 2, 3, 4)),),
-    "ConvTranspose": ((1, (0, 2, 3, 4)),),
-    "Gemm": ((1, (0,)),),  # transB: (1,)
-    "MatMul": ((0, (-1,)), (1, (-2,))),
-    "Gather": ((0, (-1,)),),
-    "LSTM": ((1, (-1,)), (2, (-1,))),
-    "GRU": ((1, (-1,)), (2, (-1,))),
-    "RNN": ((1, (-1,)), (2, (-1,))),
-}
-
-
-# float16 has steps of 2^-24 near zero: scales from here on are right to a 128th.
-LEAST: dict[Any, float] = {np.dtype(np.float16): 2.0**-18}
+OVERHEAD = 256  # bytes of the nodes and names that unpack a weight, about
+# Operators that a weight may go through; they read it unpacked, or it would be stored twice.
+MOVES = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Identity")
 
 
 @dataclass(frozen=True, slots=True)
 class QuantizeWeights:
-    """Weights of at least `smallest` elements that are still floats, in bodies too."""
+    """Weights of at least `smallest` elements that are still floats, in bodies too.
 
+    format: an integer format or a float8. granularity: one scale a tensor, channel or group of
+    `group_size`. symmetric: no zero points. levels: use only so many integers. range: how scales
+    are chosen; importance weighs errors by the mean squares of what the weight is multiplied with,
+    seen in samples. rounding: half to even, or stochastic by `seed`. encoding: compute takes a
+    kernel for integer weights wherever the target has one, auto where it is also faster, storage
+    never. layers: "PATTERN=FORMAT" for single layers, the last match wins.
+    """
+
+    format: str = "int8"
+    granularity: Literal["tensor", "channel", "group"] = "channel"
+    group_size: int = 32
+    symmetric: bool = True
+    levels: int | None = None
+    range: Method = "minmax"
+    rounding: Rounding = "even"
+    seed: int = 0
+    encoding: Literal["auto", "compute", "storage"] = "auto"
     smallest: int = 512
+    layers: tuple[str, ...] = ()
+    target: Target | None = None
+    samples: Samples | None = field(default=None, repr=False)
+    progress: Callable[[int], None] | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        named = {c.weights for c in Layers.parse(self.layers).all if c.weights}
+        for format in (self.format, *sorted(named)):
+            scheme = self._scheme(format)
+            allowed = self.target.stored_formats if self.target is not None else ()
+            if scheme.format == "int32" or (allowed and scheme.format not in allowed):
+                runs = "weights" if self.target is None else self.target.name
+                listed = ", ".join(allowed or (f for f in FORMATS if f != "int32"))
+                raise ValueError(f"{format}: {runs} cannot run weights in it: use one of {listed}")
 
     @property
     def name(self) -> str:
         """The pass's name."""
         return NAME
 
-    def __call__(self, model: Model, /) -> Sequence[Note]:
-        """Store weights in integers in place; a note for each, or why not."""
-        made: dict[tuple[int, tuple[int, ...]], gs.Tensor] = {}
-        notes = []
-        spared = _output_layers(model)
-        for node in model.nodes(*WEIGHTS):
-            if id(node) in spared:
-                why = "a small output layer: its result shows each step"
-                notes.append(Note(NAME, node.name, why, changed=False))
-                continue
-            for index, axes in _weights(node):
-                try:
-                    text = self._store(model, node, index, axes, made)
-                except Skip as reason:
-                    notes.append(Note(NAME, node.name, str(reason), changed=False))
-                else:
-                    if text is not None:
-                        notes.append(Note(NAME, node.name, text))
-        if made:
-            model.sweep()
-        return notes
+    @staticmethod
+    def wants(field: str, options: Mapping[str, Any]) -> bool:
+        """Whether, with these options, it has to be given `field`; see `onnxq.recipes.wants`."""
+        return field != "samples" or options.get("range") == "importance"
 
-    def _store(
-        self,
-        model: Model,
-        node: gs.Node,
-        index: int,
-        axes: tuple[int, ...],
-        made: dict[tuple[int, tuple[int, ...]], gs.Tensor],
-    ) -> str | None:
-        tensor = node.inputs[index]
-        if not is_constant(tensor) or tensor.dtype not in (np.float32, np.float16):
+    @property
+    def opset(self) -> int:
+        """The opset that a model should have, for the formats and for groups in kernels."""
+        named = {c.weights for c in Layers.parse(self.layers).all if c.weights}
+        groups = self.granularity == "group"
+        computes = self.target is not None and self.target.weight_kernels is not None
+        encoding: Encoding = "compute" if computes and self.encoding != "storage" else "storage"
+        return max(opset_for(f, encoding, groups=groups) for f in {self.format, *named})
+
+    @property
+    def unfit(self) -> str | None:
+        """Why the target can do nothing with what the pass writes; None: it can."""
+        if self.target is None or self.target.stored_weights:
             return None
-        if len(tensor.shape) < 2 or prod(tensor.shape) < self.smallest:
+        kernels = self.target.weight_kernels
+        if kernels is not None and self.format in kernels.formats:
             return None
-        key = (id(tensor), axes)
-        if key not in made:
-            # What several graphs read is unpacked once, in the main graph; bodies capture it.
-            users = {id(model.graph_of(user)) for user in tensor.outputs}
-            made[key] = _unpacked(model, node if len(users) == 1 else None, tensor, axes)
-        node.inputs[index] = made[key]
-        return f"{node.op}: weights stored as int8, computed in floats"
+        has = ", ".join(kernels.formats) if kernels is not None else "none"
+        return (
+            f"{self.target.name} neither unpacks {self.format} weights at load nor multiplies "
+            f"floats with them (kernels: {has}): use a recipe that quantizes activations, too"
+        )
+
+    def __call__(self, model: Model, /) -> Sequence[Note]:
+        """Store weights in few bits in place; a note for each, or why not.
+
+        Raises DataError for range "importance" without samples, or with ones that do not fit.
+        """
+        return _Work(self, model).run()
+
+    def _scheme(self, format: str) -> QuantScheme:
+        shared: dict[str, Granularity] = {
+            "tensor": PerTensor(), "channel": PerChannel(0), "group": PerGroup(self.group_size, 1),
+        }  # fmt: skip
+        other = format != self.format
+        is_float = isinstance(FORMATS.get(format), FloatFormat)
+        return QuantScheme(
+            format, shared[self.granularity],
+            symmetric=self.symmetric or (is_float and other),
+            levels=None if other else self.levels,
+        )  # fmt: skip
+
+    def scheme(self, held: Held, choice: Choice | None) -> QuantScheme:
+        """How a weight is quantized: groups that would be longer than a channel are channels."""
+        scheme = self._scheme(choice.weights if choice and choice.weights else self.format)
+        if scheme.group_size is not None and held.length <= scheme.group_size:
+            return replace(scheme, granularity=PerChannel(0))
+        return scheme
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """One weight of one node: how it is to be stored; remark: for the note."""
+
+    node: gs.Node
+    held: Held
+    scheme: QuantScheme
+    encoding: Encoding
+    remark: str = ""
+
+    @property
+    def tensor(self) -> gs.Tensor:
+        tensor: gs.Tensor = self.node.inputs[self.held.index]
+        return tensor
+
+
+class _Work:
+    """One run of the pass over one model."""
+
+    def __init__(self, options: QuantizeWeights, model: Model) -> None:
+        self.options, self.model, self.target = options, model, options.target
+        self.notes: list[Note] = []
+        self.unpacked: dict[tuple[int, tuple[int, ...], str], gs.Tensor] = {}
+        self.choices = Layers.parse(options.layers).choices(model)
+        self.shapes = _shapes(model, options.samples)
+
+    def run(self) -> list[Note]:
+        jobs = self._jobs()
+        importance: Importance = {}
+        if self.options.range == "importance" and jobs:
+            held = [(job.node, job.held) for job in jobs]
+            importance = observed(self.model, held, self.options.samples, self.options.progress)
+        for number, job in enumerate(jobs):
+            try:
+                self._store(job, number, importance)
+            except Skip as reason:
+                self._declined(job.node, str(reason))
+        if any(note.changed for note in self.notes):
+            self.model.sweep()
+        return self.notes
+
+    def _declined(self, node: gs.Node, why: str) -> None:
+        self.notes.append(Note(NAME, node.name, why, changed=False))
+
+    def _jobs(self) -> list[_Job]:
+        """What is to be stored, and how; decided before anything is edited."""
+        spared = _output_layers(self.model)
+        jobs = []
+        for node in self.model.nodes(*WEIGHTS):
+            choice = self.choices.get(id(node))
+            why = "a small output layer: its result shows each step" if id(node) in spared else None
+            if choice is not None:
+                why = choice.reason if choice.is_float else None
+            if why is not None:
+                self._declined(node, why)
+                continue
+            for held in held_by(node):
+                tensor = node.inputs[held.index]
+                if not is_constant(tensor) or tensor.dtype not in (np.float32, np.float16):
+                    continue
+                if len(held.shape) < 2 or prod(held.shape) < self.options.smallest:
+                    continue
+                scheme = self.options.scheme(held, choice)
+                try:
+                    jobs.append(self._planned(node, held, scheme))
+                except Skip as reason:
+                    self._declined(node, str(reason))
+        return jobs
+
+    def _planned(self, node: gs.Node, held: Held, scheme: QuantScheme) -> _Job:
+        """Choose the encoding; raises Skip when there is none."""
+        model, asked = self.model, self.options.encoding
+        _require_smaller(node.inputs[held.index], held, scheme)
+        folds = self.target is None or self.target.stored_weights
+        why = None
+        if asked != "storage" or not folds:
+            why = why_no_kernel(node, held, scheme, self.target) or self._too_old(scheme, "compute")
+            if why is None and asked == "auto" and folds and self.target is not None:
+                why = why_no_gain(model, node, held, scheme, self.target, self.shapes)
+            if why is None:
+                return _Job(node, held, scheme, "compute")
+        if not folds:
+            raise Skip(f"{why}, and weights are not unpacked at load")
+        if (old := self._too_old(scheme, "storage")) is not None:
+            raise Skip(old)
+        return _Job(node, held, scheme, "storage", f" ({why})" if asked == "compute" else "")
+
+    def _too_old(self, scheme: QuantScheme, encoding: Encoding) -> str | None:
+        needed = opset_for(
+            scheme.format, encoding,
+            groups=scheme.group_size is not None,
+            channels=not isinstance(scheme.granularity, PerTensor),
+        )  # fmt: skip
+        if self.model.opset >= needed:
+            return None
+        what = scheme.format if self.model.opset >= STORAGE_SINCE else "Cast"
+        return f"opset {self.model.opset} has no {what} as needed: opset {needed} has"
+
+    def _store(self, job: _Job, number: int, importance: Importance) -> None:
+        model, node, held, tensor = self.model, job.node, job.held, job.tensor
+        key = id(tensor), held.key, job.scheme.format
+        method = self.options.range
+        if job.encoding == "compute" or key not in self.unpacked:
+            packed, method = self._packed(job, number, importance)
+            if job.encoding == "compute":
+                node.inputs[held.index] = dequantized(model, node, tensor, packed)
+                if node.op == "Gemm":
+                    node.attrs.pop("transB", None)
+            else:
+                # What several graphs read is unpacked once, in the main one; bodies capture it.
+                users = {id(model.graph_of(user)) for user in tensor.outputs}
+                at = node if len(users) == 1 else None
+                self.unpacked[key] = stored(model, at, tensor, packed)
+        if job.encoding == "storage":
+            node.inputs[held.index] = self.unpacked[key]
+            for reader, index in list(readers(tensor)):
+                if reader.op in MOVES and index == 0:
+                    reader.inputs[0] = self.unpacked[key]
+        ranges = "" if method == self.options.range else f", {method}: its input was not observed"
+        text = f"{node.op}: {_told(job)}, {job.encoding}{job.remark}{ranges}"
+        self.notes.append(Note(NAME, node.name, text))
+
+    def _packed(self, job: _Job, number: int, importance: Importance) -> tuple[Packed, Method]:
+        values = np.asarray(values_of(job.tensor))
+        if not np.isfinite(values).all():
+            raise Skip("its weight has NaN or infinite values")
+        weights, method = importance.get((id(job.node), job.held.index)), self.options.range
+        if method == "importance" and weights is None:
+            method = "mse"
+        rows = job.held.rows(values.astype(np.float32))
+        integers, params = quantize_weight(
+            rows, job.scheme, None, method,
+            importance=None if weights is None else job.held.importance(weights),
+            rounding=self.options.rounding, seed=self.options.seed + number,
+        )  # fmt: skip
+        return Packed(job.held, integers, params), method
+
+
+def _require_smaller(tensor: gs.Tensor, held: Held, scheme: QuantScheme) -> None:
+    count = prod(held.shape)
+    if count * _bits(held, scheme) / 8 + OVERHEAD >= count * np.dtype(tensor.dtype).itemsize:
+        raise Skip(f"{_bits(held, scheme):.1f} bits a weight, scales included, save nothing")
+
+
+def _bits(held: Held, scheme: QuantScheme) -> float:
+    """Bits a weight, with scales (32 bits) and zero points."""
+    channels = prod(held.shape) // held.length
+    size = scheme.group_size
+    scales = channels * -(-held.length // size) if size is not None else channels
+    scales = 1 if isinstance(scheme.granularity, PerTensor) else scales
+    kind = data_type_of(scheme.numbers.dtype)
+    total = 8 * stored_size(kind, held.shape) + 32 * scales
+    total += 0 if scheme.symmetric else 8 * stored_size(kind, (scales,))
+    return float(total / prod(held.shape))
+
+
+def _told(job: _Job) -> str:
+    granularity = job.scheme.granularity
+    shared = (
+        f"in groups of {granularity.size}"
+        if isinstance(granularity, PerGroup)
+        else "per channel"
+        if isinstance(granularity, PerChannel)
+        else "per tensor"
+    )
+    return f"weights as {job.scheme.format} {shared}, {_bits(job.held, job.scheme):.1f} bits each"
+
+
+def _shapes(model: Model, samples: Samples | None) -> dict[str, list[int]]:
+    """Shapes of tensors in the first sample, if there is a real one."""
+    first = None if samples is None or samples.synthetic else next(iter(samples), None)
+    if first is None:
+        return {}
+    return model.shapes_for({name: np.shape(values) for name, values in first.items()})
 
 
 def _output_layers(model: Model) -> set[int]:
@@ -104,52 +338,3 @@ def _output_layers(model: Model) -> set[int]:
     total = sum(prod(t.shape) for t in model.graph.tensors().values() if isinstance(t, gs.Constant))
     small = sum(prod(node.inputs[1].shape or ()) for node in last) <= OUTPUT_SHARE * total
     return {id(node) for node in last} if small else set()
-
-
-def _weights(node: gs.Node) -> list[tuple[int, tuple[int, ...]]]:
-    """Which inputs of the node hold weights, with the axes (not negative) that share a scale."""
-    if node.domain:
-        return []
-    found = []
-    for index, axes in WEIGHTS[node.op]:
-        if index >= len(node.inputs) or node.inputs[index].shape is None:
-            continue
-        rank = len(node.inputs[index].shape)
-        if node.op == "Gemm" and node.attrs.get("transB", 0):
-            axes = (1,)
-        found.append((index, tuple(sorted({a % rank for a in axes if -rank <= a < rank}))))
-    return found
-
-
-def _unpacked(
-    model: Model, node: gs.Node | None, tensor: gs.Tensor, axes: tuple[int, ...]
-) -> gs.Tensor:
-    values = np.asarray(values_of(tensor))
-    if not np.isfinite(values).all():
-        raise Skip("its weight has NaN or infinite values")
-    q, scale = quantized(values, axes)
-    if (scale < LEAST.get(values.dtype, 0.0)).any():
-        raise Skip(f"its weight is too small: {values.dtype} cannot hold the scales")
-    integers = model.constant(f"{tensor.name}_int8", q)
-    kind = onnx.helper.np_dtype_to_tensor_dtype(values.dtype)
-    wide = model.emit(
-        "Cast",
-        integers,
-        name=f"{tensor.name}_cast",
-        dtype=values.dtype,
-        shape=q.shape,
-        at=node,
-        to=kind,
-    )
-    factor = model.constant(f"{tensor.name}_scale", scale.astype(values.dtype))
-    return model.emit("Mul", wide, factor, name=f"{tensor.name}_unpacked", like=wide, at=node)
-
-
-def quantized(values: NDArray[Any], axes: tuple[int, ...]) -> tuple[NDArray[np.int8], NDArray[Any]]:
-    """Symmetric int8 and the scales, which keep the reduced axes with size 1."""
-    wide = values.astype(np.float32)
-    scheme = QuantScheme("int8", PerChannel(0))
-    lo, hi = wide.min(axes, keepdims=True), wide.max(axes, keepdims=True)
-    scale = scheme.params(lo.reshape(-1), hi.reshape(-1), axis=0).scale.reshape(lo.shape)
-    limit = scheme.numbers.qmax
-    return np.clip(np.rint(wide / scale), -limit, limit).astype(np.int8), scale

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from onnx import parser
 
 from onnxq import runtime
-from onnxq.numerics.affine import SMALLEST_SCALE, affine_params, dequantize, quantize
+from onnxq.numerics.affine import affine_params, dequantize, quantize
+from onnxq.numerics.grids import SMALLEST_SCALE
 
 DTYPES = ["int8", "uint8", "int16", "uint16"]
 SESSIONS: dict[tuple[str, int | None], Any] = {}

@@ -14,7 +14,7 @@ from onnxq import runtime
 from onnxq.model import Model
 from onnxq.numerics.metrics import sqnr_db
 from onnxq.passes import QuantizeWeights
-from onnxq.passes.quantize_weights import WEIGHTS, quantized
+from onnxq.passes.layouts import WEIGHTS
 from onnxq.synthetic import synthetic_samples
 
 SHAPES = {
@@ -113,12 +113,3 @@ def test_what_is_left_alone() -> None:
     (weight,) = [n.inputs[1] for n in broken.nodes("MatMul")]
     weight.values = np.full((32, 48), np.nan, np.float32)
     assert "NaN" in QuantizeWeights()(broken)[0].text
-
-
-def test_scales_are_per_channel() -> None:
-    values = np.array([[1.0, -2.0], [1e-3, 5e-4], [0, 0]], np.float32)
-    q, scale = quantized(values, (1,))
-    assert scale.shape == (3, 1)
-    np.testing.assert_allclose(q * scale, values, atol=2e-5 + 2 / 127 / 2)
-    assert q[0].tolist() == [64, -127]
-    assert q[2].tolist() == [0, 0]

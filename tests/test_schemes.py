@@ -2,11 +2,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
 from onnxq.schemes import (
     FORMATS,
+    Format,
     IntFormat,
     PerChannel,
     PerTensor,
@@ -17,10 +19,11 @@ from onnxq.schemes import (
 
 
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
-def test_formats_are_numpys(fmt: IntFormat) -> None:
-    info = np.iinfo(fmt.dtype)
-    assert (fmt.qmin, fmt.qmax, fmt.bits) == (info.min, info.max, info.bits)
-    assert fmt.signed == (info.min < 0)
+def test_formats_are_numpys(fmt: Format) -> None:
+    of: Any = ml_dtypes.iinfo if isinstance(fmt, IntFormat) else ml_dtypes.finfo
+    info = of(fmt.dtype)
+    assert (fmt.qmin, fmt.qmax, fmt.bits) == (float(info.min), float(info.max), info.bits)
+    assert fmt.signed == (float(info.min) < 0)
 
 
 def test_illegal_schemes_cannot_be_built() -> None:

@@ -18,10 +18,12 @@ from onnxq.cli.common import (
     write_text,
 )
 from onnxq.cli.imaging import image_options
+from onnxq.cli.setting import setting_options
 
 if TYPE_CHECKING:
     from onnxq.choosing import Objective
     from onnxq.data import ImageOptions
+    from onnxq.settings import Settings
 
 
 @click.command()
@@ -57,6 +59,7 @@ if TYPE_CHECKING:
 @click.option(
     "--allow-unchanged", is_flag=True, help="Write the model even if nothing was quantized."
 )
+@setting_options
 @image_options
 @output_options
 def optimize(
@@ -67,6 +70,8 @@ def optimize(
     images: ImageOptions | None,
     recipe: str,
     target: str,
+    settings: Settings,
+    layers: tuple[str, ...],
     calibration: str | None,
     objective: Objective,
     min_sqnr: float | None,
@@ -82,12 +87,17 @@ def optimize(
     \b
     onnxq optimize model.onnx small.onnx --data samples.npz
     onnxq optimize model.onnx small.onnx --data folder/ --min-sqnr 20 --json report.json
+    onnxq optimize model.onnx small.onnx --recipe int4-weights --group-size 64 --range hqq
+    onnxq optimize model.onnx small.onnx --data samples.npz --layer first=float --layer last=int16
     onnxq optimize model.onnx clean.onnx --recipe cleanup
     """
     if dry_run:
         from onnxq.preview import preview
 
-        found = preview(model, data=data, images=images, recipe=recipe, target=target)
+        found = preview(
+            model, data=data, images=images, recipe=recipe, target=target, settings=settings,
+            layers=layers,
+        )  # fmt: skip
         show(found, json_file, quiet=quiet)
         return
     from onnxq import workflow
@@ -95,7 +105,8 @@ def optimize(
     with progress_bar(quiet=quiet) as progress:
         report = workflow.optimize(
             model, output, data=data, images=images, recipe=recipe, target=target,
-            calibration=calibration, objective=objective, min_sqnr=min_sqnr, validate=validate,
+            settings=settings, layers=layers, calibration=calibration, objective=objective,
+            min_sqnr=min_sqnr, validate=validate,
             allow_unchanged=allow_unchanged, progress=progress,
         )  # fmt: skip
     if save_plan is not None:
@@ -110,6 +121,7 @@ def optimize(
 @data_option
 @recipe_option
 @target_option
+@setting_options
 @image_options
 @output_options
 def calibrate(
@@ -120,6 +132,8 @@ def calibrate(
     images: ImageOptions | None,
     recipe: str,
     target: str,
+    settings: Settings,
+    layers: tuple[str, ...],
     json_file: str | None,
     quiet: bool,
 ) -> None:
@@ -137,7 +151,7 @@ def calibrate(
     with progress_bar(quiet=quiet) as progress:
         done = run(
             model, output, data=data, images=images, recipe=recipe, target=target,
-            progress=progress,
+            settings=settings, layers=layers, progress=progress,
         )  # fmt: skip
     warn(done.warnings, quiet=quiet)
     show(done, json_file, quiet=quiet)

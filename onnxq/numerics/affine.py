@@ -1,10 +1,11 @@
-"""Affine (uniform integer) quantization, in ONNX's own semantics.
+"""Affine (uniform integer) and float8 quantization, in ONNX's own semantics.
 
     q  = saturate(round_half_even(x / scale) + zero_point)          QuantizeLinear
     x' = (q - zero_point) * scale                                   DequantizeLinear
 
 x / scale is a float32 division, as in ONNX Runtime's kernels: results agree bit by bit (a property
-test holds it). Source: the ONNX operator specification, QuantizeLinear-13 and later.
+test holds it). Source: the ONNX operator specification, QuantizeLinear-13 and later; blocks along
+an axis: version 21.
 """
 
 from __future__ import annotations
@@ -14,45 +15,78 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-SMALLEST_SCALE = np.finfo(np.float32).tiny  # the least normal number: kernels may flush less to 0
+from onnxq.numerics.grids import SMALLEST_SCALE, Grid
+from onnxq.numerics.grouping import Layout, Rows
+
+EXACT = 2  # bytes of integers that float32 holds exactly, with their differences
 
 
 def quantize(
-    x: NDArray[Any], scale: ArrayLike, zero_point: NDArray[Any], *, axis: int | None = None
+    x: NDArray[Any],
+    scale: ArrayLike,
+    zero_point: NDArray[Any],
+    *,
+    axis: int | None = None,
+    group_size: int | None = None,
+    grid: Grid | None = None,
+    rng: np.random.Generator | None = None,
 ) -> NDArray[Any]:
-    """Return x as integers of zero_point's dtype, same shape as x.
+    """Return x as numbers of zero_point's dtype, same shape as x.
 
-    scale and zero_point are scalars (axis None) or 1-D of length x.shape[axis]. Infinities
-    saturate; x must hold no NaN (its integer is undefined in ONNX too).
+    scale and zero_point are scalars (axis None), 1-D of length x.shape[axis], or with a group_size
+    of x's shape but ceil(n / group_size) along axis. grid: the numbers to use (None: all of the
+    dtype). rng: rounds stochastically. Infinities saturate; x must hold no NaN (its integer is
+    undefined in ONNX too).
     """
-    zp = np.asarray(zero_point)
-    info = np.iinfo(zp.dtype)
-    s, z = _along(np.asarray(scale, np.float32), x, axis), _along(zp, x, axis)
-    with np.errstate(over="ignore"):  # x / scale beyond float32 is infinite, and saturates
-        y = np.rint(np.asarray(x, np.float32) / s)
-    if info.bits > 16:  # float32 holds no 32-bit integer exactly
-        y = y.astype(np.float64)
-    # Saturated values aside, every sum is below 2^18: exact in float32.
-    y += z.astype(y.dtype)
-    return np.asarray(np.clip(y, info.min, info.max).astype(zp.dtype))
+    x, zp = np.asarray(x), np.asarray(zero_point)
+    grid = grid or Grid.of(zp.dtype)
+    layout = Layout.of(x.shape, axis, group_size)
+    q = np.empty(x.shape, zp.dtype)
+    wide = np.float32 if zp.dtype.itemsize <= EXACT else np.float64
+    scales = layout.params_views(np.ascontiguousarray(scale, np.float32))
+    zeros = layout.params_views(np.ascontiguousarray(zp))
+    parts = zip(layout.views(x), layout.views(q), scales, zeros, strict=True)
+    for source, target, scale_view, zero_view in parts:
+        for rows in Rows.cut(source):
+            s, z = rows.params(scale_view), rows.params(zero_view, wide)
+            for piece in rows.pieces:
+                t = rows.read(source, piece)
+                with np.errstate(over="ignore"):  # beyond float32 it is infinite, and saturates
+                    t /= s
+                k = grid.snap(t.astype(wide, copy=False), z, rng)
+                rows.write(target, piece, grid.stored(k, z))
+    return q
 
 
 def dequantize(
-    q: NDArray[Any], scale: ArrayLike, zero_point: NDArray[Any], *, axis: int | None = None
+    q: NDArray[Any],
+    scale: ArrayLike,
+    zero_point: NDArray[Any],
+    *,
+    axis: int | None = None,
+    group_size: int | None = None,
 ) -> NDArray[np.float32]:
-    """Return integers as float32, same shape as q; scale and zero_point as for `quantize`."""
-    s = _along(np.asarray(scale, np.float32), q, axis)
-    z = _along(np.asarray(zero_point), q, axis)
-    # The difference is exact in 64 bits and rounds once, to float32, as the kernels do it.
-    return np.asarray((np.asarray(q, np.int64) - z.astype(np.int64)).astype(np.float32) * s)
+    """Return numbers as float32, same shape as q; scale and zero_point as for `quantize`."""
+    q, zp = np.asarray(q), np.ascontiguousarray(zero_point)
+    layout = Layout.of(q.shape, axis, group_size)
+    # The difference rounds once, to float32, as the kernels do it.
+    wide = np.float32 if q.dtype.itemsize <= EXACT else np.int64
+    x = q.astype(wide)
+    scales = layout.params_views(np.ascontiguousarray(scale, np.float32))
+    zeros = layout.params_views(zp)
+    out = x.astype(np.float32, copy=False)
+    for a, b, s, z in zip(layout.views(x), layout.views(out), scales, zeros, strict=True):
+        b[...] = a - z.astype(wide)
+        np.multiply(b, s, out=b)
+    return out
 
 
 def affine_params(
     lo: ArrayLike,
     hi: ArrayLike,
     *,
-    qmin: int,
-    qmax: int,
+    qmin: float,
+    qmax: float,
     dtype: DTypeLike,
     symmetric: bool,
     power_of_two: bool = False,
@@ -96,12 +130,3 @@ def next_power_of_two(x: ArrayLike) -> NDArray[np.float32]:
     """Return the least powers of two that are not below x (positive), as float32."""
     fraction, exponent = np.frexp(np.asarray(x, np.float32))
     return np.asarray(np.ldexp(np.float32(1), exponent - (fraction == 0.5)), np.float32)
-
-
-def _along(p: NDArray[Any], x: NDArray[Any], axis: int | None) -> NDArray[Any]:
-    """Shape p to broadcast against x along `axis` (None: one element)."""
-    if axis is None:
-        return p.reshape(())
-    shape = [1] * np.ndim(x)
-    shape[axis] = -1
-    return p.reshape(shape)

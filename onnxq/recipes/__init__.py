@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from onnxq.core import Pipeline
+import numpy as np
+
+from onnxq.core import Pass, Pipeline
 from onnxq.data import Samples
 from onnxq.errors import RecipeError, meant
 from onnxq.options import build, options_of
@@ -150,26 +152,56 @@ def plan(
 ) -> Pipeline:
     """The recipe's passes with their options filled in; nothing runs.
 
-    quantize_weights is left out where the target does not fold what it writes.
+    A pass may say by `opset` which version of the operators it writes: raise_opset goes as far. And
+    by `unfit` why the target can do nothing with what it writes: it is left out beside other passes
+    that quantize, as quantize_dynamic is where the target has no kernels for it.
 
-    Raises RecipeError for an option that a pass does not have or cannot take.
+    Raises RecipeError for an option that a pass does not have or cannot take, and for a target that
+    can do nothing with any of it.
     """
     context: dict[str, Any] = {
         "target": target,
         "samples": samples,
+        "shapes": _input_shapes(samples),
         "calibration": calibration,
         "progress": progress,
         "version": target.opset,
         "integer_moves": target.integer_moves,
     }
-    passes = [n for n in recipe.passes if target.stored_weights or n != "quantize_weights"]
-    return Pipeline(
-        recipe.name,
-        tuple(build(n, find_pass(n), recipe.options.get(n, {}), context) for n in passes),
-    )
+
+    def built(name: str) -> Pass:
+        return build(name, find_pass(name), recipe.options.get(name, {}), context)
+
+    passes = {name: built(name) for name in recipe.passes}
+    unfit = {n: why for n, p in passes.items() if (why := getattr(p, "unfit", None)) is not None}
+    if "quantize_dynamic" in unfit and "quantize_static" not in passes:
+        raise RecipeError(unfit["quantize_dynamic"])  # weights alone are not what was asked for
+    if unfit and all(n in unfit for n in passes if n.startswith("quantize")):
+        raise RecipeError(next(iter(unfit.values())))
+    kept = [n for n in recipe.passes if n not in unfit]
+    needed = max([target.opset, *(getattr(passes[n], "opset", 0) for n in kept)])
+    context["version"] = min(needed, target.max_opset or needed)
+    return Pipeline(recipe.name, tuple(built(n) for n in kept))
+
+
+def _input_shapes(samples: Samples | None) -> dict[str, tuple[int, ...]] | None:
+    """Of the first real sample: sizes of synthetic ones say nothing."""
+    if samples is None or samples.synthetic or not len(samples):
+        return None
+    return {name: np.shape(values) for name, values in next(iter(samples)).items()}
 
 
 def wants(recipe: Recipe, field: str) -> bool:
-    """Whether one of its passes takes `samples`, or a `calibration`."""
-    entries = (find_pass(name) for one in recipe.candidates for name in one.passes)
-    return any(field in getattr(entry, "__dataclass_fields__", {}) for entry in entries)
+    """Whether one of its passes needs `samples`, or a `calibration`.
+
+    One that takes them needs them, unless it says by `wants(field, options)` that with the recipe's
+    options it does not.
+    """
+    for one in recipe.candidates:
+        for name in one.passes:
+            entry = find_pass(name)
+            if field in getattr(entry, "__dataclass_fields__", {}):
+                asked = getattr(entry, "wants", None)
+                if asked is None or asked(field, one.options.get(name, {})):
+                    return True
+    return False

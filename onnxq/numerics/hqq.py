@@ -1,0 +1,65 @@
+"""Half-quadratic quantization: scale and zero point that few large errors do not pull.
+
+H. Badri, A. Shaji, "Half-Quadratic Quantization of Large Machine Learning Models", 2023: least
+sum |w - w'|^p, p < 1, by splitting off the part e of the error that is let go:
+
+    e = sign(r) max(|r| - |r|^(p - 1) / beta, 0)        r = w - w', in steps
+    scale, zero point: least squares on the targets w - e
+    beta = beta * kappa
+
+What differs. The paper moves a zero point of fractions, at a fixed scale; ONNX zero points are
+whole, and rounding one at the end undoes most of that. So each step chooses among whole zero points
+next to the last one, and the scale that is best for it, in closed form (`leastsquares`); symmetric
+grids refine the scale alone. Errors are measured in steps: the paper's beta is for weights of one
+size. The start is `mse`. Kept is what has the least p-norm among the fits whose squared error is
+not above that of the start: no worse than `mse` in either.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from onnxq.numerics.clipping import mse
+from onnxq.numerics.fitting import MOMENTS, Fit, Problem, Values, moments, refined
+
+POWER = 0.5
+BETA, KAPPA = 1.0, 1.15
+STEPS = 20
+PATIENCE = 3  # steps without a better row
+
+
+def hqq(problem: Problem) -> Fit:
+    """The least p-norm of errors, from the fit of least squared error on."""
+    fit = best = mse(problem)
+    norm = bound = None
+    beta, idle = BETA, 0
+    for _ in range(STEPS + 1):
+
+        def terms(
+            x: Values, m: Values | None, fit: Fit = fit, beta: float = beta
+        ) -> tuple[Values, ...]:
+            k = problem.snapped(x, fit)
+            r = x - k * fit.scale
+            magnitude = np.abs(r)
+            lost = kept_back(r, magnitude, np.abs(fit.scale), beta)
+            return np.sqrt(magnitude), magnitude * magnitude, *moments(problem, k, x - lost, m)
+
+        sums = problem.total(2 + MOMENTS, terms)
+        if norm is None or bound is None:
+            norm, bound = sums[0], sums[1]
+        else:
+            better = (sums[0] < norm) & (sums[1] <= bound)
+            best, norm = fit.where(better, best), np.where(better, sums[0], norm)
+            idle = 0 if better.any() else idle + 1
+            if idle == PATIENCE:
+                break
+        fit = refined(problem, fit, sums[2:])
+        beta *= KAPPA
+    return best
+
+
+def kept_back(r: Values, magnitude: Values, step: Values, beta: float) -> Values:
+    """The part of the errors that is let go: proximal operator of the p-norm, p = 1/2."""
+    with np.errstate(divide="ignore"):  # an error of 0 loses everything, that is 0
+        threshold = step ** np.float32(2 - POWER) / (np.float32(beta) * np.sqrt(magnitude))
+    return np.asarray(np.sign(r) * np.maximum(magnitude - threshold, 0))
