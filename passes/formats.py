@@ -18,7 +18,7 @@ from onnxq.layers import Choice
 from onnxq.model import Model
 from onnxq.passes.encodings import CAST_SINCE
 from onnxq.passes.ops import OPS
-from onnxq.schemes import FORMATS, QuantScheme
+from onnxq.schemes import FORMATS, PerChannel, PerGroup, PerTensor, QuantScheme
 from onnxq.targets import Target
 
 WIDTHS = {"a8": 8, "a16": 16}
@@ -89,6 +89,24 @@ def _of(own: QuantScheme, format: str) -> QuantScheme:
     return replace(own, format=format, levels=2**numbers.bits - 1 if narrow else None)
 
 
+def with_granularity(target: Target, scheme: QuantScheme, asked: str, size: int) -> QuantScheme:
+    """The scheme with one scale a tensor, a channel (where the operator may have it) or a group.
+
+    "auto": as the target has it. Groups are for weights below 8 bits. Raises RecipeError for groups
+    where the target has none.
+    """
+    if asked == "group":
+        if not target.grouped:
+            raise RecipeError(
+                f"{target.name} executes no weights with scales of groups beside quantized "
+                "activations; use granularity channel"
+            )
+        return replace(scheme, granularity=PerGroup(size)) if scheme.numbers.bits < 8 else scheme
+    if asked == "tensor" and isinstance(scheme.granularity, PerChannel):
+        return replace(scheme, granularity=PerTensor())
+    return scheme
+
+
 def require_formats(target: Target, activations: str, weights: str) -> None:
     """Raise RecipeError for formats, given as options, that the target does not execute."""
     if activations != "auto":
@@ -108,7 +126,14 @@ def _takes(target: Target, op: str, weights: str) -> bool:
 
 
 def formats_of(
-    model: Model, target: Target, activations: str, weights: str, choices: Mapping[int, Choice]
+    model: Model,
+    target: Target,
+    choices: Mapping[int, Choice],
+    *,
+    activations: str,
+    weights: str,
+    granularity: str,
+    group_size: int,
 ) -> Formats:
     """Resolve options ("auto": the target's own) and overrides for the model's nodes.
 
@@ -133,7 +158,8 @@ def formats_of(
                 own.setdefault(id(node), default)
                 wanted = None if weights == "auto" else weights
                 wanted = wanted if wanted and _takes(target, node.op, wanted) else None
-                schemes[id(node)] = weight_scheme(target, node.op, choice.static_weights or wanted)
+                scheme = weight_scheme(target, node.op, choice.static_weights or wanted)
+                schemes[id(node)] = with_granularity(target, scheme, granularity, group_size)
         except RecipeError as e:
             raise RecipeError(f"{node.name}, {choice.reason}: {e}") from e
         if choice.format:

@@ -214,6 +214,7 @@ REFUSED = [
     ("tensorrt", {"weights": "int4"}, "tensorrt executes no int4 weights in Conv"),
     ("qnn-htp", {"weights": "int2"}, "qnn-htp executes no int2 weights"),
     ("qnn-htp", {"bias": "float"}, "qnn-htp wants biases as int32, not as float"),
+    ("ort-cpu", {"granularity": "group"}, "ort-cpu executes no weights with scales of groups"),
     ("tensorrt", {"bias": "int32"}, "tensorrt wants biases as float, not as int32"),
     ("ort-cpu", {"layers": ("first=int5",)}, "unknown format 'int5'"),
 ]
@@ -310,3 +311,30 @@ def test_a_bias_that_overflows_beside_wide_activations_stays_float() -> None:
     assert isinstance(after.nodes("Conv")[0].inputs[2], gs.Constant)
     exact = quantized(before, everything("qnn-htp"), activations="a16")
     assert exact.nodes("Conv")[0].inputs[2].inputs[0].op == "DequantizeLinear"
+
+
+def test_groups_where_the_target_has_them() -> None:
+    before, target = model(MATMUL), everything("generic")
+    found = {
+        granularity: fidelity(
+            before,
+            quantized(before, target, weights="int4", granularity=granularity, group_size=8),
+        )
+        for granularity in ("tensor", "channel", "group")
+    }
+    assert found["group"] > found["channel"] > found["tensor"]
+    after = quantized(before, target, weights="int4", granularity="group", group_size=8)
+    made = {n.name: n.inputs[1].inputs[0] for n in after.nodes("Conv", "MatMul")}
+    assert {(n.attrs["block_size"], n.attrs["axis"]) for n in made.values()} == {(8, 0), (8, 1)}
+    assert not lint.conformance(after, target).violations
+    assert lint.conformance(after, load_target("openvino")).violations
+
+
+def test_groups_are_for_few_bits() -> None:
+    after = quantized(model(CONV), everything("generic"), granularity="group")
+    assert not any("block_size" in n.attrs for n in after.nodes("DequantizeLinear"))
+
+
+def test_grouped_weights_leave_the_bias_float() -> None:
+    after = quantized(model(CONV), everything("generic"), weights="int4", granularity="group")
+    assert all(isinstance(n.inputs[2], gs.Constant) for n in after.nodes("Conv", "Gemm"))
