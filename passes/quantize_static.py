@@ -107,9 +107,14 @@ class QuantizeStatic:
             granularity=self.granularity, group_size=self.group_size,
         )  # fmt: skip
         floats = {} if target.floats is not None else graph_rules(model, macs(model, shapes))
-        floats = {k: v for k, v in floats.items() if k not in choices} | dict(formats.floats)
+        floats = {k: v for k, v in floats.items() if k not in formats.asked} | dict(formats.floats)
         chosen = partial(
-            place, model, target, shapes=shapes, formats=formats.activations, asked=formats.asked
+            place,
+            model,
+            target,
+            shapes=shapes,
+            formats=formats.activations,
+            asked=formats.asked | formats.simulated,
         )
         placement = chosen(floats)
         statistics = self._statistics(model, placement)
