@@ -27,9 +27,9 @@ from fnmatch import fnmatchcase
 import onnx_graphsurgeon as gs
 
 from onnxq.errors import RecipeError, meant
+from onnxq.graphs import bodies_of, walk
 from onnxq.model import Model, producer
 from onnxq.schemes import FORMATS
-from onnxq.serialization import bodies_of, walk
 
 ACTIVATION_BITS, WEIGHT_BITS = ("8", "16"), ("2", "4", "8", "16")
 # Inputs that hold a layer's weight; in integer operators too: another pass may have been there.
