@@ -275,7 +275,8 @@ class _Lint:
             yield self.found(rule, of.node, text, op)
             return
         if of.blocked:
-            yield self.found(rule, of.node, f"weights of {op} have scales of blocks", op)
+            if not target.grouped or FORMATS[of.format].bits >= 8:
+                yield self.found(rule, of.node, f"weights of {op} have scales of blocks", op)
             return
         if of.params is None:
             return

@@ -18,7 +18,7 @@ from onnxq.layers import Choice
 from onnxq.model import Model
 from onnxq.passes.encodings import CAST_SINCE
 from onnxq.passes.ops import OPS
-from onnxq.schemes import FORMATS, QuantScheme
+from onnxq.schemes import FORMATS, PerChannel, PerGroup, PerTensor, QuantScheme
 from onnxq.targets import Target
 
 WIDTHS = {"a8": 8, "a16": 16}
@@ -31,12 +31,15 @@ class Formats:
 
     activations: formats. weights: how a layer's weight is quantized. floats: nodes that have to
     stay float, and why. asked: nodes that somebody wants in integers, whatever rules and costs say.
+    simulated: nodes in formats that the target computes in floats: what its kernels cost says
+    nothing of them.
     """
 
     activations: Mapping[int, str]
     weights: Mapping[int, QuantScheme]
     floats: Mapping[int, str]
     asked: frozenset[int]
+    simulated: frozenset[int]
 
 
 def activation_format(target: Target, asked: str | int) -> str:
@@ -89,6 +92,24 @@ def _of(own: QuantScheme, format: str) -> QuantScheme:
     return replace(own, format=format, levels=2**numbers.bits - 1 if narrow else None)
 
 
+def with_granularity(target: Target, scheme: QuantScheme, asked: str, size: int) -> QuantScheme:
+    """The scheme with one scale a tensor, a channel (where the operator may have it) or a group.
+
+    "auto": as the target has it. Groups are for weights below 8 bits. Raises RecipeError for groups
+    where the target has none.
+    """
+    if asked == "group":
+        if not target.grouped:
+            raise RecipeError(
+                f"{target.name} executes no weights with scales of groups beside quantized "
+                "activations; use granularity channel"
+            )
+        return replace(scheme, granularity=PerGroup(size)) if scheme.numbers.bits < 8 else scheme
+    if asked == "tensor" and isinstance(scheme.granularity, PerChannel):
+        return replace(scheme, granularity=PerTensor())
+    return scheme
+
+
 def require_formats(target: Target, activations: str, weights: str) -> None:
     """Raise RecipeError for formats, given as options, that the target does not execute."""
     if activations != "auto":
@@ -108,7 +129,14 @@ def _takes(target: Target, op: str, weights: str) -> bool:
 
 
 def formats_of(
-    model: Model, target: Target, activations: str, weights: str, choices: Mapping[int, Choice]
+    model: Model,
+    target: Target,
+    choices: Mapping[int, Choice],
+    *,
+    activations: str,
+    weights: str,
+    granularity: str,
+    group_size: int,
 ) -> Formats:
     """Resolve options ("auto": the target's own) and overrides for the model's nodes.
 
@@ -133,20 +161,20 @@ def formats_of(
                 own.setdefault(id(node), default)
                 wanted = None if weights == "auto" else weights
                 wanted = wanted if wanted and _takes(target, node.op, wanted) else None
-                schemes[id(node)] = weight_scheme(target, node.op, choice.static_weights or wanted)
+                scheme = weight_scheme(target, node.op, choice.static_weights or wanted)
+                schemes[id(node)] = with_granularity(target, scheme, granularity, group_size)
         except RecipeError as e:
             raise RecipeError(f"{node.name}, {choice.reason}: {e}") from e
-        if choice.format:
+        if choice.is_asked:
             asked.add(id(node))
     by_node = _spread(nodes, own, default)
     for node in nodes:
-        if by_node[id(node)] in target.simulated:
-            asked.add(id(node))  # what it costs there says nothing
         formats = [by_node[id(node)], *(s.format for s in [schemes.get(id(node))] if s)]
         need, named = max((opset_for(f), f) for f in formats)
         if need > model.opset and id(node) not in floats:
             floats[id(node)] = f"opset {model.opset} has no {named}: opset {need} is needed"
-    return Formats(by_node, schemes, floats, frozenset(asked - floats.keys()))
+    simulated = {key for key, name in by_node.items() if name in target.simulated}
+    return Formats(by_node, schemes, floats, frozenset(asked - floats.keys()), frozenset(simulated))
 
 
 def _spread(nodes: list[gs.Node], own: Mapping[int, str], default: str) -> dict[int, str]:

@@ -27,7 +27,7 @@ from onnxq.passes.ops import (
 from onnxq.passes.placement import RULE, Placement, keeps_scale
 from onnxq.schemes import (
     FORMATS,
-    PerChannel,
+    PerGroup,
     PerTensor,
     QParams,
     QuantScheme,
@@ -274,20 +274,26 @@ class Editor:
                 shape=q.shape, to=kind,
             )  # fmt: skip
         attrs = {} if params.axis is None else {"axis": params.axis}
+        if params.group_size is not None:
+            attrs["block_size"] = params.group_size
         constants = self.scale_and_zero_point(params, name)
         return self.dequantize(constant, constants, f"{name}_dequantized", **attrs)
 
     def axis(self, node: gs.Node, index: int) -> int | None:
-        """The axis of the weight's scales; None: one scale.
+        """The axis of the weight's scales, for groups that which is summed over; None: one scale.
 
         MatMul kernels take a scale a column of a matrix, not of a stack of matrices or of a left
         operand's rows.
         """
-        if not isinstance(self.scheme_of(node).granularity, PerChannel):
+        granularity = self.scheme_of(node).granularity
+        if isinstance(granularity, PerTensor):
             return None
         if node.op == "MatMul" and (index == 0 or len(node.inputs[index].shape) != 2):
             return None
-        return weight_axis(node, index)
+        axis = weight_axis(node, index)
+        if isinstance(granularity, PerGroup) and axis is not None:
+            return 1 - axis  # of a matrix's two axes, or a kernel's first two, the other one
+        return axis
 
     def weight_and_bias(self, node: gs.Node) -> None:
         """Quantize a layer's weight, and its bias where that is to be integers."""
@@ -303,7 +309,7 @@ class Editor:
             return
         dequantized, params = self.weight(weight, scheme, axis, node)
         has_bias = at is not None and len(node.inputs) > at and bool(node.inputs[at].name)
-        if has_bias and not self.float_bias:
+        if has_bias and not self.float_bias and params.group_size is None:
             x_scale = float(self.params[id(node.inputs[0])].scale)
             repeats = node.attrs.get("group", 1) if node.op == "ConvTranspose" else 1
             bias = _bias_vector(node.inputs[at], weight.shape, axis, repeats)

@@ -26,7 +26,7 @@ from onnxq.fingerprint import fingerprint
 from onnxq.layers import Layers
 from onnxq.model import Model
 from onnxq.passes.float_layers import spread_scales
-from onnxq.passes.formats import formats_of, opset_needed, require_formats
+from onnxq.passes.formats import formats_of, opset_needed, require_formats, with_granularity
 from onnxq.passes.insertion import Editor, WeightMethod
 from onnxq.passes.ops import OPS
 from onnxq.passes.placement import RULE, Placement, place
@@ -38,6 +38,7 @@ from onnxq.targets import Target
 
 Activations = Literal["auto", "a8", "a16", "int8", "uint8", "int16", "uint16"]
 Weights = Literal["auto", "int8", "uint8", "int16", "int4", "uint4", "int2"]
+Granularity = Literal["auto", "tensor", "channel", "group"]
 Bias = Literal["auto", "int32", "float"]
 
 
@@ -46,7 +47,9 @@ class QuantizeStatic:
     """Quantize what the target can run in integers, with ranges calibrated on samples.
 
     activations, weights: formats, of the target's own sign where it wants another (a8, a16: in any
-    case); auto: what the target is fastest with. range: how activation ranges are chosen (minmax,
+    case); auto: what the target is fastest with. granularity: of weights; channels where the
+    operator may have them, groups of group_size for those below 8 bits, where the target has them,
+    with float biases. range: how activation ranges are chosen (minmax,
     percentile, entropy, mse). weight_range: minmax or mse. bias: int32 or float, where the target
     takes either. layers: overrides for single layers, see `onnxq.layers`. calibration: a file;
     re-used when it is there, written when it is not, completed when the same samples are given.
@@ -56,6 +59,8 @@ class QuantizeStatic:
     samples: Samples
     activations: Activations = "auto"
     weights: Weights = "auto"
+    granularity: Granularity = "auto"
+    group_size: int = 32
     range: Method = "minmax"
     weight_range: WeightMethod = "minmax"
     bias: Bias = "auto"
@@ -67,6 +72,7 @@ class QuantizeStatic:
         """Refuse, by name, what the target does not execute; nothing has been calibrated yet."""
         target = self.target
         require_formats(target, self.activations, self.weights)
+        with_granularity(target, target.weights, self.granularity, self.group_size)
         if self.bias != "auto" and target.bias not in (self.bias, "either"):
             raise RecipeError(f"{target.name} wants biases as {target.bias}, not as {self.bias}")
         Layers.parse(self.layers)
@@ -97,11 +103,19 @@ class QuantizeStatic:
         first = next(iter(self.samples))
         shapes = model.shapes_for({name: np.shape(values) for name, values in first.items()})
         choices = Layers.parse(self.layers).choices(model)
-        formats = formats_of(model, target, self.activations, self.weights, choices)
+        formats = formats_of(
+            model, target, choices, activations=self.activations, weights=self.weights,
+            granularity=self.granularity, group_size=self.group_size,
+        )  # fmt: skip
         floats = {} if target.floats is not None else graph_rules(model, macs(model, shapes))
-        floats = {k: v for k, v in floats.items() if k not in choices} | dict(formats.floats)
+        floats = {k: v for k, v in floats.items() if k not in formats.asked} | dict(formats.floats)
         chosen = partial(
-            place, model, target, shapes=shapes, formats=formats.activations, asked=formats.asked
+            place,
+            model,
+            target,
+            shapes=shapes,
+            formats=formats.activations,
+            asked=formats.asked | formats.simulated,
         )
         placement = chosen(floats)
         statistics = self._statistics(model, placement)

@@ -24,8 +24,8 @@ from onnxq.passes.ops import OPS, pads_zero
 
 # The first opset in which the operator takes 8-bit integers; the others always did.
 INTEGERS_SINCE = {"MaxPool": 12, "Resize": 10, "Pad": 11}
-# Operators that take integers of 8 bits only: MaxPool by ONNX, Resize by ONNX Runtime's kernels.
-BYTES_ONLY = ("MaxPool", "Resize")
+# Operators that take integers of 8 bits only: MaxPool by ONNX, others by ONNX Runtime's kernels.
+BYTES_ONLY = ("MaxPool", "Resize", "Pad", "DepthToSpace", "SpaceToDepth")
 
 
 @rewrites("QuantizeLinear")

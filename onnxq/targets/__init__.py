@@ -128,7 +128,8 @@ class Target:
     writes if none are named. weight_kernels: for float layers with integer weights. static_shapes:
     free dimensions must be fixed. saturates: u8s8 products are added in pairs in saturating 16
     bits. simulated: activation formats that it reads, and computes in floats. widened: weight
-    formats that a Cast at load brings to those of its kernels. requantizes: float weights of Conv
+    formats that a Cast at load brings to those of its kernels. grouped: weights of less than 8 bits
+    may have scales of groups beside quantized activations. requantizes: float weights of Conv
     and Gemm between pairs are quantized at load, with one scale (`onnxq.passes.float_layers` says
     what helps). file_format: what is written beside the .onnx. machines: on which ONNX Runtime's
     CPU times are the target's own. Without costs, every operator that can run in integers does.
@@ -162,6 +163,7 @@ class Target:
     saturates: bool = False
     simulated: tuple[str, ...] = ()
     widened: tuple[str, ...] = ()
+    grouped: bool = False
     requantizes: bool = False
     file_format: FileFormat = "onnx"
     machines: tuple[str, ...] = ()
