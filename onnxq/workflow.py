@@ -78,9 +78,10 @@ def optimize(
     require_budget(min_sqnr, validate=validate)
     job, written = Job(progress), None if dry_run else output
     with job.stage("load"):
+        chosen, aim = load_recipe(recipe), load_target(target)
+        plan(chosen, aim, None)  # what cannot be is refused before the model is read
         original = model if isinstance(model, str | os.PathLike) else load(model).copy()
         edited = load(original).copy() if isinstance(original, Model) else load(original)
-        chosen, aim = load_recipe(recipe), load_target(target)
         if written is not None:
             check_output(model, edited, written, (data, calibration))
             if aim.file_format == "ort":
