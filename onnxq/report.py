@@ -61,7 +61,8 @@ class Report:
 
     def float_layers(self) -> list[dict[str, Any]]:
         """Each layer that computes in floats: node, op, share of the work, reason."""
-        reasons = {n.node: n.text for n in self.notes if not n.changed}
+        stored = {n.node: n.text for n in self.notes if n.rule == "quantize_weights"}
+        reasons = stored | {n.node: n.text for n in self.notes if not n.changed}
         return [
             {"node": node, "op": op, "share": share, "reason": reasons.get(node, "")}
             for node, op, share in self.coverage.float_layers

@@ -290,7 +290,7 @@ class _Work:
                 if reader.op in MOVES and index == 0:
                     reader.inputs[0] = self.unpacked[key]
         ranges = "" if method == self.options.range else f", {method}: its input was not observed"
-        text = f"{node.op}: {_told(job)}, {job.encoding}{job.remark}{ranges}"
+        text = f"{_told(job)}, {job.encoding}{job.remark}{ranges}"
         self.notes.append(Note(NAME, node.name, text))
 
     def _packed(self, job: _Job, number: int, importance: Importance) -> tuple[Packed, Method]:
