@@ -118,7 +118,7 @@ class _Lint:
         if (
             node.op == "Cast"
             and is_constant(node.inputs[0])
-            and (format := str(node.inputs[0].dtype)) in FORMATS
+            and (format := str(node.inputs[0].dtype).replace("_", "")) in FORMATS
             and str(node.outputs[0].dtype) in FLOATS
         ):
             allowed = self.target.stored_formats

@@ -40,6 +40,7 @@ from onnxq.sampling import NO_SAMPLES, samples_for, samples_to_compare, split
 from onnxq.targets import Target, load_target
 from onnxq.validation import Fidelity, layer_fidelity
 from onnxq.validation import compare as compare_outputs
+from onnxq.weights import bytes_in
 
 COMPARE_SECONDS, TIME_SECONDS = 5.0, 3.0
 SYNTHETIC_RANGES = (
@@ -216,7 +217,7 @@ def inspect(model: ModelLike, *, target: str = "ort-cpu") -> Inspection:
             if isinstance(tensor, gs.Constant):
                 count = math.prod(tensor.shape)
                 parameters += count
-                sizes[str(tensor.dtype)] += count * getattr(np.dtype(tensor.dtype), "itemsize", 1)
+                sizes[str(tensor.dtype)] += bytes_in(tensor)
     return Inspection(
         model=name_of(model),
         target=aim.name,
