@@ -47,7 +47,7 @@ def quantize(
     zeros = layout.params_views(np.ascontiguousarray(zp))
     parts = zip(layout.views(x), layout.views(q), scales, zeros, strict=True)
     for source, target, scale_view, zero_view in parts:
-        for rows in Rows.cut(source):
+        for rows in Rows.cut(source, once=True):
             s, z = rows.params(scale_view), rows.params(zero_view, wide)
             for piece in rows.pieces:
                 t = rows.read(source, piece)

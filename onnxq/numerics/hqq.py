@@ -22,15 +22,14 @@ import numpy as np
 from onnxq.numerics.clipping import mse
 from onnxq.numerics.fitting import MOMENTS, Fit, Problem, Values, moments, refined
 
-POWER = 0.5
-BETA, KAPPA = 1.0, 1.15
-STEPS = 20
-PATIENCE = 3  # steps without a better row
+BETA, KAPPA = 1.0, 1.3
+STEPS = 10
+PATIENCE = 3  # steps in which no row became better
 
 
-def hqq(problem: Problem) -> Fit:
-    """The least p-norm of errors, from the fit of least squared error on."""
-    fit = best = mse(problem)
+def hqq(problem: Problem, start: Fit | None = None) -> Fit:
+    """The least p-norm of errors, from the fit of least squared error (`start`) on."""
+    fit = best = mse(problem) if start is None else start
     norm = bound = None
     beta, idle = BETA, 0
     for _ in range(STEPS + 1):
@@ -60,6 +59,11 @@ def hqq(problem: Problem) -> Fit:
 
 def kept_back(r: Values, magnitude: Values, step: Values, beta: float) -> Values:
     """The part of the errors that is let go: proximal operator of the p-norm, p = 1/2."""
-    with np.errstate(divide="ignore"):  # an error of 0 loses everything, that is 0
-        threshold = step ** np.float32(2 - POWER) / (np.float32(beta) * np.sqrt(magnitude))
-    return np.asarray(np.sign(r) * np.maximum(magnitude - threshold, 0))
+    share = np.sqrt(magnitude)
+    share *= magnitude
+    limit = step * np.sqrt(step) / np.float32(beta)
+    np.maximum(share, limit, out=share)  # also where there is no error
+    np.divide(limit, share, out=share)
+    np.subtract(1, share, out=share)
+    share *= r
+    return share

@@ -20,14 +20,15 @@ from onnxq.numerics.clipping import mse, standardized
 from onnxq.numerics.fitting import MOMENTS, Best, Fit, Problem, Values, moments, refined
 from onnxq.numerics.hqq import hqq
 
-STEPS = 12
+STEPS = 6
 
 
 def importance(problem: Problem) -> Fit:
     """The least sum of importance * error^2 that the steps find from several starts."""
     plain = problem.without_importance()
-    best = Best(problem, hqq(plain))
-    for other in (mse(plain), standardized(plain), problem.cover):
+    start = mse(plain)
+    best = Best(problem, start)
+    for other in (hqq(plain, start), standardized(plain), problem.cover):
         best.offer(other)
     other = best.fit
     _descend(problem, best, mse(problem))
