@@ -119,7 +119,7 @@ class Rows:
         span = min(length, TALL // 2) if strips else length
         for at in boxes(view.shape[:3], max(1, PIECE // max(span, 1))):
             shape = tuple(len(range(*s.indices(n))) for s, n in zip(at, view.shape, strict=False))
-            pieces = tuple(boxes(view.shape[3:], max(1, PIECE // prod(shape))))
+            pieces = tuple(boxes(view.shape[3:], max(1, PIECE // prod(shape)))) if length else ()
             yield cls(at, pieces, shape, strips or length < TALL)
 
     @property
