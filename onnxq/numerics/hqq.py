@@ -24,15 +24,16 @@ from onnxq.numerics.fitting import MOMENTS, Fit, Problem, Values, moments, refin
 
 BETA, KAPPA = 1.0, 1.3
 STEPS = 10
-PATIENCE = 3  # steps in which no row became better
+PATIENCE = 3  # steps without a gain after which a row is done
 
 
 def hqq(problem: Problem, start: Fit | None = None) -> Fit:
     """The least p-norm of errors, from the fit of least squared error (`start`) on."""
     fit = best = mse(problem) if start is None else start
-    norm = bound = None
-    beta, idle = BETA, 0
-    for _ in range(STEPS + 1):
+    norm = bound = np.zeros(fit.scale.shape)
+    idle = np.zeros(fit.scale.shape, int)
+    beta = BETA
+    for step in range(STEPS + 1):
 
         def terms(
             x: Values, m: Values | None, fit: Fit = fit, beta: float = beta
@@ -44,13 +45,13 @@ def hqq(problem: Problem, start: Fit | None = None) -> Fit:
             return np.sqrt(magnitude), magnitude * magnitude, *moments(problem, k, x - lost, m)
 
         sums = problem.total(2 + MOMENTS, terms)
-        if norm is None or bound is None:
+        if step == 0:
             norm, bound = sums[0], sums[1]
         else:
-            better = (sums[0] < norm) & (sums[1] <= bound)
+            better = (sums[0] < norm) & (sums[1] <= bound) & (idle < PATIENCE)
             best, norm = fit.where(better, best), np.where(better, sums[0], norm)
-            idle = 0 if better.any() else idle + 1
-            if idle == PATIENCE:
+            idle = np.where(better, 0, idle + 1)
+            if (idle >= PATIENCE).all():
                 break
         fit = refined(problem, fit, sums[2:])
         beta *= KAPPA

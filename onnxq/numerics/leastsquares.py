@@ -16,6 +16,8 @@ these steps from the best two; no method has a lower weighted error.
 
 from __future__ import annotations
 
+import numpy as np
+
 from onnxq.numerics.clipping import mse, standardized
 from onnxq.numerics.fitting import MOMENTS, Best, Fit, Problem, Values, moments, refined
 from onnxq.numerics.hqq import hqq
@@ -39,12 +41,11 @@ def importance(problem: Problem) -> Fit:
 def _descend(problem: Problem, best: Best, fit: Fit) -> None:
     best.offer(fit)
     for _ in range(STEPS):
-        before = best.error
 
         def terms(x: Values, m: Values | None, fit: Fit = fit) -> tuple[Values, ...]:
             return moments(problem, problem.snapped(x, fit), x, m)
 
-        fit = refined(problem, fit, problem.total(MOMENTS, terms))
-        best.offer(fit)
-        if not (best.error < before).any():
+        fit, last = refined(problem, fit, problem.total(MOMENTS, terms)), fit
+        if np.array_equal(fit.scale, last.scale) and np.array_equal(fit.zero, last.zero):
             break
+        best.offer(fit)

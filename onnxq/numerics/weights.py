@@ -92,6 +92,8 @@ def _importance(importance: NDArray[Any] | None, shape: tuple[int, ...]) -> Valu
     m = np.asarray(importance, np.float32)
     if not np.isfinite(m).all() or (m < 0).any():
         raise ValueError("an importance must be finite and not negative")
+    if np.broadcast_shapes(m.shape, shape) != shape:
+        raise ValueError(f"an importance of shape {m.shape} does not fit a weight of {shape}")
     top = float(m.max(initial=0))
     return np.broadcast_to(m / np.float32(top) if top else np.ones_like(m), shape)
 

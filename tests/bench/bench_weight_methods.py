@@ -8,7 +8,8 @@ or calib.npz beside it. A table for each model: methods x formats x granularitie
     weights   SQNR in dB over all weights of MatMul, Gemm and Conv, each divided by its deviation
     weighted  the same, weighted by the mean squares of the layer's inputs
     lp        sum of |error|^(1/2), 1 for min-max
-    outputs   SQNR in dB of the layers' outputs with real inputs, mean over layers
+    outputs   SQNR in dB of the layers' outputs with real inputs: mean of noise / signal
+              (importance is from the same inputs)
     MB/s      float32 bytes of weights a second of CPU time
 """
 
@@ -164,12 +165,12 @@ def measure(found: list[Layer], scheme: QuantScheme, method: str) -> dict[str, f
         if layer.x is not None:
             session = layer.session()
             y = [session.run(None, {"x": layer.x, "w": v})[0] for v in (layer.w, back)]
-            outputs.append(sqnr_db(*y))
+            outputs.append(10 ** (-sqnr_db(*y) / 10))
     return {
         "weights": 10 * np.log10(signal / noise),
         "weighted": 10 * np.log10(weighted_signal / weighted_noise),
         "lp": lp,
-        "outputs": float(np.mean(outputs)) if outputs else float("nan"),
+        "outputs": -10 * np.log10(np.mean(outputs)) if outputs else float("nan"),
         "MB/s": sum(layer.w.nbytes for layer in found) / max(seconds, 1e-9) / 1e6,
     }
 
