@@ -30,6 +30,7 @@ from onnxq.passes.encodings import (
     Encoding,
     Packed,
     dequantized,
+    evened,
     opset_for,
     stored,
 )
@@ -256,7 +257,8 @@ class _Work:
             raise Skip(f"{why}, and weights are not unpacked at load")
         if (old := self._too_old(scheme, "storage")) is not None:
             raise Skip(old)
-        return _Job(node, held, scheme, "storage", f" ({why})" if asked == "compute" else "")
+        remark = f" ({why})" if asked == "compute" else ""
+        return _Job(node, held, evened(scheme, held), "storage", remark)
 
     def _too_old(self, scheme: QuantScheme, encoding: Encoding) -> str | None:
         needed = opset_for(
