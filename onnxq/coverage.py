@@ -11,6 +11,9 @@ from onnxq.model import Model, producer
 from onnxq.passes.ops import OPS
 from onnxq.passes.work import RECURRENT, Shapes, macs
 
+# What reads integers that a Cast has made of others.
+UNPACKING = ("Mul", "Sub", "DequantizeLinear")
+
 
 @dataclass(frozen=True, slots=True)
 class Coverage:
@@ -91,7 +94,7 @@ def _stored(tensor: gs.Constant) -> bool | None:
         if node.op.startswith(("QLinear", "MatMulInteger", "ConvInteger")):
             return True
         if node.op == "Cast" and any(
-            r.op in ("Mul", "Sub") and (r.op == "Mul" or r.inputs[0] is node.outputs[0])
+            r.op in UNPACKING and (r.op != "Sub" or r.inputs[0] is node.outputs[0])
             for r in node.outputs[0].outputs
         ):
             return True

@@ -173,6 +173,10 @@ class _Lint:
         floats = [i for i in self.data(node) if dequantized(node.inputs[i]) is None]
         if floats:
             return f"input {floats[0]} is not quantized"
+        for i in self.data(node):
+            read = dequantized(node.inputs[i])
+            if read is not None and read.format in self.target.simulated:
+                return f"{self.target.name} computes {read.format} in floats"
         for key, allowed in (rule.attributes or {}).items():
             if (value := node.attrs.get(key, allowed[0])) not in allowed:
                 return f"{key} is {value}: integers only for {', '.join(allowed)}"
@@ -286,22 +290,21 @@ class _Lint:
             listed = ", ".join(target.activation_formats)
             yield self.found(rule, of.node, f"activations in {of.format}, not in {listed}")
         elif of.params is not None:
-            if of.blocked or of.params.axis is not None:
+            if of.blocked or np.unique(of.params.scale).size > 1:
                 yield self.found(rule, of.node, "activations must have one scale a tensor")
             yield from self.params(of, target.activations, rule)
 
     def weight(self, of: Operand, op: str, axis: int | None) -> Iterator[Finding]:
         target, rule = self.target, "weights"
-        scheme = target.weights_of(op)
-        own = scheme.format != target.weights.format
-        formats = (scheme.format,) if own else target.weight_formats
+        scheme, formats = target.weights_of(op), target.kernel_formats(op)
         if of.format not in formats:
             listed = ", ".join(formats)
             text = f"weights of {op} in {of.format}, not in {listed}"
             yield self.found(rule, of.node, text, op)
             return
         if of.blocked:
-            yield self.found(rule, of.node, f"weights of {op} have scales of blocks", op)
+            if not target.grouped or FORMATS[of.format].bits >= 8:
+                yield self.found(rule, of.node, f"weights of {op} have scales of blocks", op)
             return
         if of.params is None:
             return

@@ -22,12 +22,14 @@ from onnxq.passes.inline_functions import inline_functions
 from onnxq.passes.inline_if import inline_if
 from onnxq.passes.merge_reshapes import merge_reshapes
 from onnxq.passes.merge_slices import merge_slices
+from onnxq.passes.quantize_dynamic import QuantizeDynamic
 from onnxq.passes.quantize_static import QuantizeStatic
 from onnxq.passes.quantize_weights import QuantizeWeights
 from onnxq.passes.raise_opset import RaiseOpset
 from onnxq.passes.share_initializers import share_initializers
 from onnxq.passes.share_nodes import share_nodes
 from onnxq.passes.simplify_qdq import SimplifyQdq, simplify_qdq
+from onnxq.passes.widen_channels import WidenChannels
 
 # All float-preserving passes until nothing changes.
 cleanup = Fixpoint(
@@ -62,20 +64,24 @@ PASSES: dict[str, Pass | type[Any]] = {
     "inline_if": inline_if,
     "merge_reshapes": merge_reshapes,
     "merge_slices": merge_slices,
+    "quantize_dynamic": QuantizeDynamic,
     "quantize_static": QuantizeStatic,
     "quantize_weights": QuantizeWeights,
     "raise_opset": RaiseOpset,
     "share_initializers": share_initializers,
     "share_nodes": share_nodes,
     "simplify_qdq": SimplifyQdq,
+    "widen_channels": WidenChannels,
 }
 
 __all__ = [
     "PASSES",
+    "QuantizeDynamic",
     "QuantizeStatic",
     "QuantizeWeights",
     "RaiseOpset",
     "SimplifyQdq",
+    "WidenChannels",
     "cancel_transposes",
     "cleanup",
     "convert_float32",

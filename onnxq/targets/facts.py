@@ -13,7 +13,7 @@ from onnxq.targets import OpRule, Target, WeightKernels, load_target, names
 if TYPE_CHECKING:
     from rich.console import Console
 
-UNSAID = ("name", "description", "operators", "costs", "sources")
+UNSAID = ("name", "description", "operators", "costs", "dynamic", "sources")
 ALWAYS = ("bias", "opset")  # said even where they are what most targets have
 
 
@@ -82,6 +82,12 @@ def describe_target(name: str) -> TargetFacts:
         if f.name in ALWAYS
         or (f.name not in UNSAID and getattr(target, f.name) not in (defaults[f.name], None))
     }
+    facts["dynamic"] = (
+        ", ".join(
+            f"{op} ({rule.kernel}, {_said(rule.weights)})" for op, rule in target.dynamic.items()
+        )
+        or "none: activations are not quantized at run time"
+    )
     facts["costs"] = "measured" if target.costs else "none: all that can runs in integers"
     operators = {op: _rule(rule, target) for op, rule in target.operators.items()}
     sources = dict(target.sources)
