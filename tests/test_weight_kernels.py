@@ -223,7 +223,7 @@ def test_a_target_that_folds_nothing_gets_kernels_or_nothing() -> None:
     (note,) = QuantizeWeights("int4", "group", 128, target=target)(wide)
     assert note.text.endswith("compute")
     assert not conformance(wide, target).violations
-    assert {f.rule for f in conformance(wide, load_target("generic")).violations} == {"weights"}
+    assert "weights" in {f.rule for f in conformance(wide, load_target("esp-dl")).violations}
 
 
 def test_check_knows_what_kernels_take() -> None:
