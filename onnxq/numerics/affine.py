@@ -71,7 +71,7 @@ def dequantize(
     layout = Layout.of(q.shape, axis, group_size)
     # The difference rounds once, to float32, as the kernels do it.
     wide = np.float32 if q.dtype.itemsize <= EXACT else np.int64
-    x = q.astype(wide)
+    x = q.astype(wide, order="C")
     scales = layout.params_views(np.ascontiguousarray(scale, np.float32))
     zeros = layout.params_views(zp)
     out = x.astype(np.float32, copy=False)
