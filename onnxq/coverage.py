@@ -9,7 +9,7 @@ import onnx_graphsurgeon as gs
 
 from onnxq.model import Model, producer
 from onnxq.passes.ops import OPS
-from onnxq.passes.work import RECURRENT, Shapes, macs
+from onnxq.passes.work import INTEGER, RECURRENT, Shapes, macs
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,7 @@ def _stored(tensor: gs.Constant) -> bool | None:
         node = todo.pop()
         if node.op == "DequantizeLinear" and node.inputs[0].dtype == tensor.dtype:
             return True
-        if node.op.startswith(("QLinear", "MatMulInteger", "ConvInteger")):
+        if node.op in INTEGER or node.op.startswith("QLinear"):
             return True
         if node.op == "Cast" and any(r.op in ("Mul", "Sub") for r in node.outputs[0].outputs):
             return True

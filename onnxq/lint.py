@@ -8,17 +8,26 @@ the target's kernel wants that, what it writes goes into QuantizeLinear. Operato
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
 
 from onnxq.conformance import Conformance, Finding
 from onnxq.model import Model, producer, values_of
 from onnxq.numerics.saturation import excess
 from onnxq.operands import Operand, clamp_behind, dequantized, operand, parameters, results, roles
-from onnxq.passes.ops import OPS, activation_inputs, is_constant, kernel_rows, weight_axis
+from onnxq.passes.ops import (
+    OPS,
+    activation_inputs,
+    conv_rows,
+    is_constant,
+    kernel_rows,
+    weight_axis,
+)
 from onnxq.schemes import FORMATS, PerChannel, QuantScheme
 from onnxq.serialization import op_type_of
 from onnxq.targets import Target, load_target
@@ -33,6 +42,13 @@ OPERANDS: dict[str, tuple[tuple[str, int, int, int], ...]] = {
     "QLinearMatMul": (("activations", 0, 1, 2), ("weights", 3, 4, 5), ("activations", -1, 6, 7)),
 }
 LAYER = {"QLinearConv": "Conv", "QLinearMatMul": "MatMul"}
+# Operators on activations that are quantized at run time: where their weights end.
+DYNAMIC = {
+    "MatMulInteger": 2,
+    "ConvInteger": 2,
+    "DynamicQuantizeMatMul": 2,
+    "DynamicQuantizeLSTM": 3,
+}
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 # How far a bias's scale may be from s_x s_w: float32 products are rounded.
 SAME_SCALE = 1e-5
@@ -220,7 +236,11 @@ class _Lint:
         if x is None or w is None or w.values is None or (x.format, w.format) != ("uint8", "int8"):
             return
         rows = kernel_rows(node, w.values)
-        count = 0 if rows is None else sum(int((excess(r) > 1).any(0).sum()) for r in rows)
+        yield from self.saturating(node, () if rows is None else tuple(rows))
+
+    def saturating(self, node: gs.Node, rows: Sequence[NDArray[Any]]) -> Iterator[Finding]:
+        """Channels of int8 weights, matrices [K, N], in which a pair can exceed 16 bits."""
+        count = sum(int((excess(r) > 1).any(0).sum()) for r in rows)
         if count:
             text = f"sums of pairs exceed 16 bits in {count} channels, and saturate"
             yield self.found("saturates", node, text)
@@ -337,6 +357,8 @@ class _Lint:
             text = f"{self.target.name} does not read {node.op}: use Q/DQ form"
             yield self.found("integer_operators", node, text)
             return
+        if self.target.saturates and node.op in DYNAMIC:
+            yield from self.saturating(node, list(_dynamic_rows(node)))
         for role, x, s, z in OPERANDS.get(node.op, ()):
             tensor = node.outputs[0] if x < 0 else node.inputs[x]
             params = parameters(node.inputs[s], node.inputs[z], node)
@@ -349,6 +371,18 @@ class _Lint:
                 yield from self.activation(of)
         if node.op == "QLinearConv" and self.target.bias == "float" and len(node.inputs) > 8:
             yield self.found("bias", node, "a bias in int32: it must be float")
+
+
+def _dynamic_rows(node: gs.Node) -> Iterator[NDArray[Any]]:
+    """The int8 weights that uint8 activations of run time are multiplied with, as [K, N]."""
+    for tensor in node.inputs[1 : DYNAMIC[node.op]]:
+        values = values_of(tensor)
+        if values is None or values.dtype != np.int8:
+            continue
+        if node.op == "ConvInteger":
+            yield from conv_rows(values, node.attrs.get("group", 1))
+        else:
+            yield from values.reshape(-1, *values.shape[-2:])
 
 
 __all__ = ["Conformance", "Finding", "check", "conformance"]
