@@ -6,8 +6,8 @@
 For each model (default: models/, scored on its .eval.npz) and each kind of range a line of JSON:
 SQNR in dB over all outputs, top-1 of float and result where there are labels, size ratio, time
 ratios on one and two threads, layers that became dynamic. --paces times single MatMuls and LSTMs in
-floats and dynamically, fits the paces of `onnxq.targets.dynamic` to them, and prints both ratios for
-each size: measured, and predicted by the target's file.
+floats and dynamically, fits the paces of `onnxq.targets.dynamic` to them, and prints both ratios
+for each size: measured, and predicted by the target's file.
 """
 
 from __future__ import annotations
