@@ -191,7 +191,7 @@ def test_rows_have_ranges_of_their_own(opset: int, tmp_path: Path) -> None:
     x[1] = 0
     exact = runtime.session(before, optimize="off").run(None, {"x": x})[0]
     for kind in ("tensor", "row"):
-        after = rewritten(before, QuantizeDynamic(eager(), kind))
+        after = rewritten(before, QuantizeDynamic(eager(), per_row=kind == "row"))
         results[kind] = runtime.session(after).run(None, {"x": x})[0]
     assert dict(executed(after, tmp_path)) == IN_ROWS
     small = slice(2, None)
@@ -202,7 +202,7 @@ def test_rows_have_ranges_of_their_own(opset: int, tmp_path: Path) -> None:
 
 def test_rows_are_shared_and_keep_the_bias() -> None:
     before = model("p = Gemm(x, w, b) q = MatMul(x, w2) y = Add(p, q)")
-    after = rewritten(before, QuantizeDynamic(eager(), "row"))
+    after = rewritten(before, QuantizeDynamic(eager(), per_row=True))
     ops = Counter(n.op for n in after.nodes())
     assert (ops["DynamicQuantizeLinear"], ops["ReduceMax"]) == (1, 1)
     assert sqnr_db(outputs(before)[0], outputs(after)[0]) > 34
@@ -211,7 +211,7 @@ def test_rows_are_shared_and_keep_the_bias() -> None:
 def test_columns_have_no_rows() -> None:
     """A constant left operand: rows of its other operand are summed over."""
     before = model("y = MatMul(left, x)", "float[32, 9] x")
-    after = rewritten(before, QuantizeDynamic(eager(), "row"))
+    after = rewritten(before, QuantizeDynamic(eager(), per_row=True))
     assert not after.nodes("ReduceMax")
 
 
@@ -424,8 +424,8 @@ def test_sizes_are_those_of_a_sample() -> None:
 
 def test_rows_cost_more() -> None:
     target = load_target("ort-cpu")
-    assert QuantizeDynamic(target, "tensor")(sized(64, 128))[0].changed
-    assert not QuantizeDynamic(target, "row")(sized(64, 128))[0].changed
+    assert QuantizeDynamic(target)(sized(64, 128))[0].changed
+    assert not QuantizeDynamic(target, per_row=True)(sized(64, 128))[0].changed
 
 
 def test_paces() -> None:

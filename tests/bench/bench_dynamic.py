@@ -37,7 +37,7 @@ RECIPE = """description = "dynamic"
 passes = ["inline_functions", "raise_opset", "convert_float32", "cleanup", "quantize_dynamic",
           "quantize_weights"]
 [quantize_dynamic]
-range = "%s"
+per_row = %s
 [quantize_weights]
 encoding = "storage"
 """
@@ -80,7 +80,7 @@ def main() -> None:
 
 def figures(path: str, data: str, kind: str, a: argparse.Namespace) -> dict[str, Any]:
     recipe, out = Path("/tmp/bench_dynamic.toml"), Path("/tmp/bench_dynamic.onnx")
-    recipe.write_text(RECIPE % kind)
+    recipe.write_text(RECIPE % ("true" if kind == "row" else "false"))
     report = optimize(path, out, data=data, recipe=str(recipe), validate=False)
     samples = open_samples(data, load(path)).take(a.limit)
     sessions = [runtime.session(model) for model in (path, out)]
