@@ -16,10 +16,12 @@ if TYPE_CHECKING:
     from onnxq.errors import BudgetError, DataError, ModelError, OnnxqError, RecipeError
     from onnxq.lint import check
     from onnxq.loading import load
+    from onnxq.looking import compare, inspect
     from onnxq.model import Model
     from onnxq.precalibration import calibrate
     from onnxq.report import Report
-    from onnxq.workflow import compare, inspect, optimize
+    from onnxq.settings import Settings
+    from onnxq.workflow import optimize
 
 _HOMES = {
     "core": ("Fixpoint", "Note", "Pass", "Pipeline", "Skip", "rewrites"),
@@ -30,7 +32,9 @@ _HOMES = {
     "model": ("Model",),
     "precalibration": ("calibrate",),
     "report": ("Report",),
-    "workflow": ("compare", "inspect", "optimize"),
+    "settings": ("Settings",),
+    "looking": ("compare", "inspect"),
+    "workflow": ("optimize",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -48,6 +52,7 @@ __all__ = [
     "RecipeError",
     "Report",
     "Samples",
+    "Settings",
     "Skip",
     "calibrate",
     "check",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+import numpy as np
 import onnx
 
 from onnxq import runtime
@@ -24,6 +25,7 @@ INTEGER = frozenset(
     "DequantizeLinear".split()
 )
 """Operators that only a quantized model has."""
+NOTHING = "nothing was quantized"
 INVALID = (onnx.checker.ValidationError, onnx.shape_inference.InferenceError)
 
 
@@ -32,7 +34,7 @@ def require_quantized(notes: Sequence[Note], model: Model) -> None:
     if any(n.changed and n.rule.startswith("quantize") for n in notes):
         return
     raise BudgetError(
-        f"nothing was quantized: {why_not(notes, model)}; "
+        f"{NOTHING}: {why_not(notes, model)}; "
         "nothing was written (--allow-unchanged writes the cleaned model)"
     )
 
@@ -66,6 +68,18 @@ def broken_rules(model: Model, target: Target, *, strict: bool) -> list[str]:
         return []
     rules = ", ".join(sorted({f.rule for f in broken}))
     return [f"the result breaks rules of {target.name} ({rules}): onnxq check says where"]
+
+
+def simulated(model: Model, target: Target) -> list[str]:
+    """A warning where activations are in formats that the target only imitates."""
+    found = {str(np.dtype(n.outputs[0].dtype)) for n in model.nodes("QuantizeLinear")}
+    named = ", ".join(sorted(found & {*target.simulated}))
+    if not named:
+        return []
+    return [
+        f"{target.name} has no integer kernels for {named} activations: these layers compute in "
+        "floats between the pairs, which costs time; the numbers are those of a target that has"
+    ]
 
 
 def require_valid(model: Model, original: ModelLike) -> None:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from onnxq.core import Note, Pass
+from onnxq.layers import Choice, Layers, no_match
 from onnxq.model import Model
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
@@ -15,12 +16,13 @@ Progress = Callable[[str, int, int], None]  # stage, done, total
 
 @dataclass(slots=True)
 class Job:
-    """What one run keeps."""
+    """What one run keeps; asked: overrides for single layers, and why one has no match so far."""
 
     progress: Progress | None
     seconds: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     now: str = ""
+    asked: dict[Choice, str | None] = field(default_factory=dict)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -38,7 +40,19 @@ class Job:
         tell = self.progress
         return lambda done: tell(self.now, done, total)
 
+    @property
+    def unmatched(self) -> list[str]:
+        """Warnings for overrides that no pass found a layer for."""
+        return [text for text in self.asked.values() if text is not None]
+
     def run(self, pass_: Pass, model: Model) -> Sequence[Note]:
-        """Run a pass."""
+        """Run a pass; see whether its overrides match anything."""
+        overrides = Layers.parse(getattr(pass_, "layers", ()))
+        found = overrides.matched(model)
+        for choice in overrides.all:
+            known = self.asked.get(choice, "")
+            self.asked[choice] = (
+                None if choice in found or known is None else no_match(choice, model)
+            )
         with self.stage(pass_.name):
             return pass_(model)

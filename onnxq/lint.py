@@ -49,6 +49,8 @@ DYNAMIC = {
     "DynamicQuantizeMatMul": 2,
     "DynamicQuantizeLSTM": 3,
 }
+# What weights in few bits are unpacked with when a model is loaded.
+UNPACKING = ("Cast", "Sub", "Mul", "Gather", "Reshape", "Slice", "Transpose")
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 # How far a bias's scale may be from s_x s_w: float32 products are rounded.
 SAME_SCALE = 1e-5
@@ -130,14 +132,18 @@ class _Lint:
         elif not domain and not onnx.defs.has(node.op):
             yield self.found("domains", node, "ONNX has no such operator")
         if (
-            not self.target.stored_weights
-            and node.op == "Cast"
+            node.op == "Cast"
             and is_constant(node.inputs[0])
-            and "int" in str(node.inputs[0].dtype)
+            and (format := str(node.inputs[0].dtype).replace("_", "")) in FORMATS
             and str(node.outputs[0].dtype) in FLOATS
         ):
-            text = "a weight is unpacked by Cast: the target does not compute that at load"
-            yield self.found("stored_weights", node, text)
+            allowed = self.target.stored_formats
+            if not self.target.stored_weights:
+                text = "a weight is unpacked by Cast: the target does not compute that at load"
+                yield self.found("stored_weights", node, text)
+            elif allowed and format not in allowed:
+                text = f"a weight is stored as {format}, not as {', '.join(allowed)}"
+                yield self.found("stored_formats", node, text)
 
     # Which form a node has.
 
@@ -168,10 +174,7 @@ class _Lint:
     def is_folded(self, node: gs.Node) -> bool:
         """Whether it computes a constant: Mul(Cast(integers), scale) and the like."""
         sources = [producer(t) for t in node.inputs if t.name and not is_constant(t)]
-        return all(
-            s is not None and s.op in ("Cast", "Sub", "Mul", "Gather") and self.is_folded(s)
-            for s in sources
-        )
+        return all(s is not None and s.op in UNPACKING and self.is_folded(s) for s in sources)
 
     def why_float(self, node: gs.Node) -> str | None:
         """Why the target runs the node in floats; None: it runs in integers."""
@@ -186,6 +189,10 @@ class _Lint:
         floats = [i for i in self.data(node) if dequantized(node.inputs[i]) is None]
         if floats:
             return f"input {floats[0]} is not quantized"
+        for i in self.data(node):
+            read = dequantized(node.inputs[i])
+            if read is not None and read.format in self.target.simulated:
+                return f"{self.target.name} computes {read.format} in floats"
         for key, allowed in (rule.attributes or {}).items():
             if (value := node.attrs.get(key, allowed[0])) not in allowed:
                 return f"{key} is {value}: integers only for {', '.join(allowed)}"
@@ -268,9 +275,34 @@ class _Lint:
             if role == "bias":
                 yield from self.bias(of, reader)
             elif role == "weights":
-                yield from self.weight(of, reader.op, weight_axis(reader, i))
+                if self.has_kernel(reader, i):
+                    yield from self.kernel(of, reader)
+                else:
+                    yield from self.weight(of, reader.op, weight_axis(reader, i))
             elif reader.op in self.target.operators and of.format not in constants:
                 yield self.found("activations", node, f"a constant in {of.format}")
+
+    def has_kernel(self, reader: gs.Node, index: int) -> bool:
+        """Whether floats are multiplied with integer weights there."""
+        kernels = self.target.weight_kernels
+        if kernels is None or reader.op not in kernels.operators or index != 1:
+            return False
+        return dequantized(reader.inputs[0]) is None
+
+    def kernel(self, of: Operand, reader: gs.Node) -> Iterator[Finding]:
+        kernels, rule, op = self.target.weight_kernels, "weight_kernels", reader.op
+        assert kernels is not None
+        size = int(of.node.attrs.get("block_size", 0))
+        if of.format not in kernels.formats:
+            listed = ", ".join(kernels.formats)
+            yield self.found(rule, of.node, f"weights of {op} in {of.format}, not in {listed}")
+        if of.blocked and size not in kernels.groups:
+            yield self.found(rule, of.node, f"weights of {op} in groups of {size}: no kernel")
+        if not of.blocked and not kernels.channels:
+            yield self.found(rule, of.node, f"weights of {op} must have scales of groups")
+        zero = values_of(of.node.inputs[2]) if len(of.node.inputs) > 2 else None
+        if kernels.symmetric and zero is not None and np.any(zero.astype(np.int32)):
+            yield self.found(rule, of.node, f"weights of {op} must have no zero points")
 
     def activation(self, of: Operand) -> Iterator[Finding]:
         target, rule = self.target, "activations"
@@ -278,22 +310,21 @@ class _Lint:
             listed = ", ".join(target.activation_formats)
             yield self.found(rule, of.node, f"activations in {of.format}, not in {listed}")
         elif of.params is not None:
-            if of.blocked or of.params.axis is not None:
+            if of.blocked or np.unique(of.params.scale).size > 1:
                 yield self.found(rule, of.node, "activations must have one scale a tensor")
             yield from self.params(of, target.activations, rule)
 
     def weight(self, of: Operand, op: str, axis: int | None) -> Iterator[Finding]:
         target, rule = self.target, "weights"
-        scheme = target.weights_of(op)
-        own = scheme.format != target.weights.format
-        formats = (scheme.format,) if own else target.weight_formats
+        scheme, formats = target.weights_of(op), target.kernel_formats(op)
         if of.format not in formats:
             listed = ", ".join(formats)
             text = f"weights of {op} in {of.format}, not in {listed}"
             yield self.found(rule, of.node, text, op)
             return
         if of.blocked:
-            yield self.found(rule, of.node, f"weights of {op} have scales of blocks", op)
+            if not target.grouped or FORMATS[of.format].bits >= 8:
+                yield self.found(rule, of.node, f"weights of {op} have scales of blocks", op)
             return
         if of.params is None:
             return

@@ -241,6 +241,10 @@ class Model:
         model._name_nodes()
         same_types(self.graph, graph)
         remember(graph)
+        for one, other in zip(walk(self.graph), walk(graph), strict=True):
+            given = {t.name for t in origin_of(one).initializers}  # they keep their order
+            origin = origin_of(other)
+            origin.initializers = [t for t in origin.initializers if t.name in given]
         return model
 
     @property

@@ -58,9 +58,18 @@ def operand(node: gs.Node, dtype: Any) -> Operand:
     params = parameters(node.inputs[1], node.inputs[2] if len(node.inputs) > 2 else None, node)
     if params is not None and len(node.inputs) > 2:
         dtype = params.zero_point.dtype
-    values = values_of(node.inputs[0]) if node.op == "DequantizeLinear" else None
+    values = _integers(node.inputs[0]) if node.op == "DequantizeLinear" else None
     blocked = bool(node.attrs.get("block_size", 0))
     return Operand(node, str(np.dtype(dtype) if dtype else np.uint8), params, values, blocked)
+
+
+def _integers(tensor: gs.Tensor) -> NDArray[Any] | None:
+    """Constant integers, also those that a Cast widens at load."""
+    cast = producer(tensor)
+    if cast is None or cast.op != "Cast":
+        return values_of(tensor)
+    narrow = values_of(cast.inputs[0])
+    return None if narrow is None else narrow.astype(tensor.dtype)
 
 
 def parameters(scale: gs.Tensor, zero: gs.Tensor | None, node: gs.Node) -> QParams | None:

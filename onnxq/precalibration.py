@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +22,7 @@ from onnxq.preconditions import blames_the_model, require_outputs
 from onnxq.recipes import load_recipe, plan, wants
 from onnxq.report import SCHEMA, print_rows, to_json
 from onnxq.sampling import samples_for, split
+from onnxq.settings import Settings, configured
 from onnxq.statistics import Histogram, MinMax, Statistic
 from onnxq.targets import load_target
 from onnxq.workflow import SYNTHETIC_RANGES
@@ -66,14 +67,17 @@ def calibrate(
     *,
     data: Spec | None = None,
     images: ImageOptions | None = None,
-    recipe: str = "int8",
+    recipe: str = "auto",
     target: str = "ort-cpu",
+    settings: Settings | None = None,
+    layers: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Calibrated:
     """Observe what the recipe's passes want to know, and write it to `output` (.npz).
 
     The samples are those that `optimize` would calibrate on, of the same `data` and `images`; with
-    this file and the same recipe and target it writes the same bytes as without.
+    this file and the same recipe and target it writes the same bytes as without. Of a recipe that
+    chooses, what the first candidate wants is kept, and `optimize` adds what others want.
 
     Raises OnnxqError: RecipeError when the recipe calibrates nothing, BudgetError when there is
     nothing in the model to calibrate, and as `optimize` does.
@@ -81,9 +85,11 @@ def calibrate(
     check_writable(output)
     job, edited = Job(progress), load(model)
     edited = edited.copy() if edited is model else edited
-    chosen, aim = load_recipe(recipe), load_target(target)
-    if not wants(chosen, "calibration"):
+    chosen, aim = configured(load_recipe(recipe), settings, layers), load_target(target)
+    fitted = [one for one in chosen.candidates if wants(one, "calibration")]
+    if not fitted:
         raise RecipeError(f"recipe {chosen.name} has no pass that calibrates; try --recipe int8")
+    chosen = fitted[0]  # the others complete the file
     require_outputs(edited, name_of(model))
     with (
         blames_the_model(model, name_of(model), chosen.name),

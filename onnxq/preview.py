@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ from onnxq.plausibility import SeenInput, first, found, look
 from onnxq.recipes import load_recipe, plan, wants
 from onnxq.report import SCHEMA, to_json
 from onnxq.sampling import NO_SAMPLES, samples_for
+from onnxq.settings import Settings, configured
 from onnxq.targets import load_target
 
 if TYPE_CHECKING:
@@ -19,12 +21,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Preview:
-    """The passes that would run, with their options, and the samples that would be fed.
+    """The passes that would run, of each recipe that would be tried, and what would be fed.
 
     warnings: where the samples look unlike what the graph expects.
     """
 
-    passes: tuple[str, ...]
+    passes: Mapping[str, tuple[str, ...]]
     samples: str
     inputs: tuple[SeenInput, ...]
     warnings: tuple[str, ...] = ()
@@ -35,9 +37,10 @@ class Preview:
 
     def print_to(self, console: Console) -> None:
         """Print the preview for people."""
-        console.print("would run:")
-        for text in self.passes:
-            console.print(f"  {text}")
+        for recipe, passes in self.passes.items():
+            console.print(f"would run {recipe}:")
+            for text in passes:
+                console.print(f"  {text}")
         console.print(f"on {self.samples}:")
         for seen in self.inputs:
             shapes = ", ".join(str(list(shape)) for shape in seen.shapes)
@@ -55,21 +58,27 @@ def preview(
     *,
     data: Spec | None = None,
     images: ImageOptions | None = None,
-    recipe: str = "int8",
+    recipe: str = "auto",
     target: str = "ort-cpu",
+    settings: Settings | None = None,
+    layers: Sequence[str] = (),
 ) -> Preview:
     """Plan, and look at the first samples; nothing runs and nothing is written.
 
     Raises OnnxqError as `optimize` does for files, samples and names that cannot be used.
     """
-    loaded, chosen, aim = load(model), load_recipe(recipe), load_target(target)
+    loaded, chosen, aim = (
+        load(model),
+        configured(load_recipe(recipe), settings, layers),
+        load_target(target),
+    )
     samples = NO_SAMPLES
     if data is not None or images is not None or wants(chosen, "samples"):
         samples = samples_for(loaded, data, images)
-    pipeline = plan(chosen, aim, samples)
+    planned = {one.name: plan(one, aim, samples) for one in chosen.candidates}
     feeds = first(samples)
     warnings = () if samples.synthetic else tuple(found(loaded, feeds))
-    told = tuple(_told(p) for p in pipeline.passes)
+    told = {name: tuple(map(_told, pipeline.passes)) for name, pipeline in planned.items()}
     return Preview(told, samples.description, look(feeds) if feeds else (), warnings)
 
 

@@ -10,8 +10,10 @@ from dataclasses import asdict, dataclass
 from io import StringIO
 from typing import TYPE_CHECKING, Any
 
+from onnxq.choosing import NOISE, Candidate
 from onnxq.core import Note
 from onnxq.coverage import Coverage
+from onnxq.recipes import Recipe
 from onnxq.runtime import Latency
 from onnxq.validation import Fidelity, LayerError
 
@@ -20,21 +22,22 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 SHOWN = 8  # entries of a long list that people see; machines get all
-NOISE = 1.03  # a ratio of times up to here is not called slower
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
     """All that is known of one run of `optimize`.
 
-    notes: what each pass did and declined. coverage: of the result. fidelity, latency: None where
-    validation was not asked for, latency also where the target runs elsewhere. seconds: of each
-    stage. also_written: files beside the output.
+    plan: the recipe that made the result: what `recipe` chose, or that itself. candidates: what was
+    tried where it chose. notes: what each pass did and declined. coverage: of the result. fidelity,
+    latency: None where validation was not asked for, latency also where the target runs elsewhere.
+    seconds: of each stage. also_written: files beside the output.
     """
 
     model: str
     output: str | None
     recipe: str
+    plan: Recipe
     target: str
     samples: str
     validated_on: str
@@ -49,6 +52,7 @@ class Report:
     seconds: Mapping[str, float]
     environment: Mapping[str, str]
     also_written: tuple[str, ...] = ()
+    candidates: tuple[Candidate, ...] = ()
 
     @property
     def is_slower(self) -> bool:
@@ -61,9 +65,15 @@ class Report:
 
     def float_layers(self) -> list[dict[str, Any]]:
         """Each layer that computes in floats: node, op, share of the work, reason."""
-        reasons = {n.node: n.text for n in self.notes if not n.changed}
+        reasons = {n.node: n.text for n in self.notes if n.rule.startswith("quantize")}
+        reasons |= {n.node: n.text for n in self.notes if not n.changed}
+        found = {
+            n: text.removeprefix(f"{op}: ")
+            for n, op, _ in self.coverage.float_layers
+            if (text := reasons.get(n))
+        }
         return [
-            {"node": node, "op": op, "share": share, "reason": reasons.get(node, "")}
+            {"node": node, "op": op, "share": share, "reason": found.get(node, "")}
             for node, op, share in self.coverage.float_layers
         ]
 
@@ -79,7 +89,7 @@ class Report:
             )
         console.print(
             f"{self.model} -> {self.output or '(not written)'}"
-            f"   recipe {self.recipe}, target {self.target}"
+            f"   recipe {self._recipe()}, target {self.target}"
         )
         if self.also_written:
             console.print(f"also written: {', '.join(self.also_written)}")
@@ -88,6 +98,7 @@ class Report:
         self._print_figures(console)
         self._print_notes(console)
         self._print_floats(console)
+        self._print_candidates(console)
 
     def _print_figures(self, console: Console) -> None:
         before, after = self.size_bytes
@@ -112,6 +123,27 @@ class Report:
         if self.fidelity is not None:
             rows += fidelity_rows(self.fidelity, self.validated_on)
         print_rows(console, rows)
+
+    def _recipe(self) -> str:
+        chose = self.plan.name != self.recipe
+        return f"{self.recipe} (chose {self.plan.name})" if chose else self.recipe
+
+    def _print_candidates(self, console: Console) -> None:
+        if not self.candidates:
+            return
+        from rich.table import Table
+
+        table = Table(box=None, padding=(0, 2, 0, 0))
+        for name in ("tried", "size", "SQNR", "time", ""):
+            table.add_column(name, overflow="fold")
+        for c in self.candidates:
+            size = (
+                "" if c.size_bytes is None else f"{c.size_bytes / max(1, self.size_bytes[0]):.2f}x"
+            )
+            loss = "" if c.sqnr_db is None else _db(c.sqnr_db)
+            time = "" if c.time_ratio is None else f"{c.time_ratio:.2f}x"
+            table.add_row(c.recipe, size, loss, time, c.verdict)
+        console.print(table)
 
     def _print_notes(self, console: Console) -> None:
         done = Counter(note.rule for note in self.notes if note.changed)

@@ -29,6 +29,7 @@ from onnxq.passes.raise_opset import RaiseOpset
 from onnxq.passes.share_initializers import share_initializers
 from onnxq.passes.share_nodes import share_nodes
 from onnxq.passes.simplify_qdq import SimplifyQdq, simplify_qdq
+from onnxq.passes.widen_channels import WidenChannels
 
 # All float-preserving passes until nothing changes.
 cleanup = Fixpoint(
@@ -70,6 +71,7 @@ PASSES: dict[str, Pass | type[Any]] = {
     "share_initializers": share_initializers,
     "share_nodes": share_nodes,
     "simplify_qdq": SimplifyQdq,
+    "widen_channels": WidenChannels,
 }
 
 __all__ = [
@@ -79,6 +81,7 @@ __all__ = [
     "QuantizeWeights",
     "RaiseOpset",
     "SimplifyQdq",
+    "WidenChannels",
     "cancel_transposes",
     "cleanup",
     "convert_float32",

@@ -1,16 +1,17 @@
 """What a node costs in floats and in integers, by a target's measured rates.
 
-    float layer      c (e + m K)                                per output element
-    integer layer    c (e + m K) + p K / C                  K products, C output channels a group
+    float layer      c (e + m K)                                  per output element
+    integer layer    e + m K + (t taps + p K) / C                 K products, C output channels
 
-with K the products that one output element sums. The patch term p is what it takes to gather a
-convolution's inputs, once a position and not once a channel. Narrow layers (fewer than `block`
-channels) waste vector lanes: c = block / C in floats, and p grows in integers.
+with K the products that one output element sums, and taps the positions of a convolution's kernel,
+whose inputs are gathered once a position and not once a channel. Float channels come in blocks: with
+C of them c = ceil(C / block) block / C, and one block alone reads its inputs for little work, so that
+m grows by half. Integer channels come in lanes; layers are counted as `widen_channels` makes them.
 """
 
 from __future__ import annotations
 
-from math import prod
+from math import ceil, prod
 
 import onnx_graphsurgeon as gs
 
@@ -51,15 +52,32 @@ def _layer_ns(node: gs.Node, costs: Costs, shapes: Shapes) -> tuple[float, float
         return in_floats, rate.integer_element + rate.integer_mac * k * (
             1 + rate.integer_rows / rows
         )
+    return _convolution_ns(node, costs, k)
+
+
+def _convolution_ns(node: gs.Node, costs: Costs, k: float) -> tuple[float, float]:
+    """Per output element; k: products for each."""
     group, channels = node.attrs.get("group", 1), node.inputs[1].shape[0]
     is_depthwise = group > 1 and group == channels
     rate = costs.operators.get("depthwise" if is_depthwise else node.op, Rate())
-    lanes = max(1.0, costs.block / channels)
-    in_floats = lanes * (rate.float_element + rate.float_mac * k)
+    blocks = ceil(channels / costs.block) * costs.block
+    alone = 1.0 if is_depthwise else 1 + 0.5 * (costs.block / blocks) ** 2
+    in_floats = blocks / channels * (rate.float_element + rate.float_mac * alone * k)
+    taps = prod(node.inputs[1].shape[2:])
+    wide = channels / group
     if is_depthwise:
-        return in_floats, (rate.integer_element + rate.integer_mac * k) * (
-            1 + rate.patch / channels
-        )
-    inputs = node.inputs[1].shape[1]
-    patch = rate.patch * (rate.narrow if inputs < costs.block else 1.0)
-    return in_floats, rate.integer_element + rate.integer_mac * k + patch * k / (channels / group)
+        wide = rounded_up(channels, costs.depthwise_lanes)
+    elif group == 1:
+        inputs = node.inputs[1].shape[1]
+        k *= rounded_up(inputs, costs.input_lanes) / inputs
+        wide = max(channels, costs.output_lanes)
+    a_channel = rate.integer_element + rate.integer_mac * k
+    a_position = rate.tap * taps + rate.patch * k
+    return in_floats, (a_channel * wide + a_position) / (
+        channels if is_depthwise or group == 1 else channels / group
+    )
+
+
+def rounded_up(count: int, step: int) -> int:
+    """The next multiple of step."""
+    return -(-count // step) * step

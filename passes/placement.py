@@ -9,7 +9,7 @@ DequantizeLinear. What is left is a list of *tensors* to quantize.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,7 +28,7 @@ from onnxq.passes.ops import (
 )
 from onnxq.passes.work import Shapes
 from onnxq.serialization import bodies_of
-from onnxq.targets import Costs, OpRule, Target
+from onnxq.targets import Costs, OpRule, Rate, Target
 
 RULE = "quantize_static"
 
@@ -41,7 +41,7 @@ class Placement:
     id; read: further tensors that integer nodes read, by id. sources: tensor name -> the tensor
     whose values it carries (data movement shares its input's scale). clamps: producer id -> the
     Relu or Clip behind it that the range can absorb. fixed: tensor name -> the scale and zero point
-    that the target demands of it.
+    that the target demands of it. formats: of activations, by node id.
     """
 
     nodes: Mapping[int, gs.Node]
@@ -50,6 +50,7 @@ class Placement:
     sources: Mapping[str, frozenset[str]]
     clamps: Mapping[int, gs.Node]
     fixed: Mapping[str, tuple[float, int]]
+    formats: Mapping[int, str]
     declined: tuple[Note, ...]
 
     def tensors(self) -> list[gs.Tensor]:
@@ -61,13 +62,31 @@ class Placement:
         made = self.clamps.get(id(node), node).outputs
         return next((t for t in made if t.name), made[0])
 
+    def own_formats(self) -> dict[str, str]:
+        """The format in which each tensor that exists only in integers is made, by its name."""
+        return {
+            t.name: self.formats[key]
+            for key, node in self.nodes.items()
+            for t in self.clamps.get(key, node).outputs
+            if id(t) in self.produced
+        }
 
-def place(model: Model, target: Target, floats: Mapping[int, str], shapes: Shapes) -> Placement:
+
+def place(
+    model: Model,
+    target: Target,
+    floats: Mapping[int, str],
+    shapes: Shapes,
+    *,
+    formats: Mapping[int, str] | None = None,
+    asked: Collection[int] = (),
+) -> Placement:
     """Decide which nodes run in integers; tensors of different bodies must have different names.
 
     floats: node id -> why that node has to stay float, found by the caller's rules. shapes: of
-    tensors by name, as one sample has them. For a target without floats all that can runs in
-    integers.
+    tensors by name, as one sample has them. formats: of activations by node id, where they are not
+    the target's own. asked: ids of nodes that run in integers whatever they cost. For a target
+    without floats all that can runs in integers.
     """
     chosen: dict[int, gs.Node] = {}
     declined: list[Note] = []
@@ -87,7 +106,9 @@ def place(model: Model, target: Target, floats: Mapping[int, str], shapes: Shape
                 declined.append(Note(RULE, node.name, str(reason), changed=False))
         else:
             chosen[id(node)] = node
-    return _Chooser(model, target, chosen, shapes).placement(declined)
+    own = target.activations.format
+    known = {key: (formats or {}).get(key, own) for key in chosen}
+    return _Chooser(model, target, chosen, shapes, known, asked).placement(declined)
 
 
 def unobservable(model: Model) -> set[int]:
@@ -172,9 +193,16 @@ class _Chooser:
     """The greatest set of nodes in which every one has a reason to be there."""
 
     def __init__(
-        self, model: Model, target: Target, chosen: dict[int, gs.Node], shapes: Shapes
+        self,
+        model: Model,
+        target: Target,
+        chosen: dict[int, gs.Node],
+        shapes: Shapes,
+        formats: Mapping[int, str],
+        asked: Collection[int],
     ) -> None:
         self.target, self.chosen, self.shapes = target, chosen, shapes
+        self.formats, self.asked = formats, asked
         self.outputs = {id(t) for graph in model.graphs() for t in graph.outputs}
         self.graph_of = model.graph_of
         self.clamps: dict[int, gs.Node] = {}
@@ -193,7 +221,7 @@ class _Chooser:
     def fixed_of(self, node: gs.Node) -> tuple[float, int] | None:
         """Scale and zero point that the node's output must have."""
         fixed = self.target.operators[node.op].fixed or {}
-        return fixed.get(self.target.activations.format)
+        return fixed.get(self.formats[id(node)])
 
     def placement(self, declined: list[Note]) -> Placement:
         if self.target.floats is None:
@@ -216,8 +244,9 @@ class _Chooser:
             for t in self.ends(n)
         }
         return Placement(
-            self.chosen, produced, read, self.sources(), clamps, fixed, tuple(declined)
-        )
+            self.chosen, produced, read, self.sources(), clamps, fixed, self.formats,
+            tuple(declined),
+        )  # fmt: skip
 
     def prune(self) -> None:
         while idle := [k for k, node in self.chosen.items() if not self.is_useful(node)]:
@@ -229,7 +258,7 @@ class _Chooser:
         network = Network()
         for key, node in self.chosen.items():
             in_floats, in_integers = node_ns(node, costs, self.shapes)
-            network.add("integers", key, in_floats)
+            network.add("integers", key, INFINITE if key in self.asked else in_floats)
             network.add(key, "floats", in_integers)
         tensors = {
             id(t): t
@@ -257,10 +286,15 @@ class _Chooser:
         others = id(tensor) in self.outputs or len(integers) < sum(1 for _ in readers(tensor))
         for reader in integers:
             network.add(reader, ("quantize", key), INFINITE)
-        network.add(("quantize", key), source, costs.float_node + costs.quantize * elements)
+        shape = self.shapes.get(tensor.name, tensor.shape) or ()
+        layout = costs.layout if maker is not None and len(shape) == 4 else 0.0
+        made_by = tensor.inputs[0].op if tensor.inputs else ""
+        rate = costs.quantize + layout + costs.operators.get(made_by, Rate()).hoisted
+        network.add(("quantize", key), source, costs.float_node + rate * elements)
         if maker is None or self.target.operators[maker.op].output != "quantized":
             return
-        network.add(id(maker), ("dequantize", key), costs.float_node + costs.dequantize * elements)
+        rate = costs.float_node + (costs.dequantize + layout) * elements
+        network.add(id(maker), ("dequantize", key), rate)
         for reader in integers:
             network.add(("dequantize", key), reader, INFINITE)
         if others:

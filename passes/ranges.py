@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import reduce
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy as np
 from onnxq.model import Model, values_of
 from onnxq.passes.ops import activation_inputs, is_constant, useful_range
 from onnxq.passes.placement import Placement, keeps_scale
-from onnxq.schemes import QParams
+from onnxq.schemes import FORMATS, QParams
 from onnxq.statistics import Histogram, Method
 from onnxq.targets import Target
 
@@ -23,19 +24,39 @@ def activation_params(
     placement: Placement,
     statistics: Mapping[str, Histogram],
     method: Method,
-) -> dict[str, QParams]:
-    """The parameters by tensor name; those of one group are one object.
+) -> dict[tuple[str, str], QParams]:
+    """The parameters by tensor name and format; those of one group in one format are one object.
 
     Three things have a say: the range seen, cut to what readers can tell apart; constants that are
     moved or joined, whose values all count; and what the target demands of a result.
     """
-    activations, numbers = target.activations, target.activations.numbers
+    result: dict[tuple[str, str], QParams] = {}
+    used = {placement.formats[key] for key in placement.nodes}
+    own = placement.own_formats()
+    for name in sorted(used):
+        fixed = {t: p for t, p in placement.fixed.items() if own.get(t, name) == name}
+        found = _in_format(model, target, placement, statistics, method, name, fixed)
+        result |= {(tensor, name): params for tensor, params in found.items()}
+    return result
+
+
+def _in_format(
+    model: Model,
+    target: Target,
+    placement: Placement,
+    statistics: Mapping[str, Histogram],
+    method: Method,
+    format: str,
+    demands: Mapping[str, tuple[float, int]],
+) -> dict[str, QParams]:
+    """The parameters by tensor name, in one format."""
+    activations, numbers = replace(target.activations, format=format), FORMATS[format]
     useful, stored = _useful_ranges(model, placement), _stored_ranges(target, placement)
     demanded = {
         pair: QParams(np.array(pair[0], np.float32), np.array(pair[1], numbers.dtype))
-        for pair in set(placement.fixed.values())
+        for pair in set(demands.values())
     }
-    fixed = {name: demanded[pair] for name, pair in placement.fixed.items()}
+    fixed = {name: demanded[pair] for name, pair in demands.items()}
     known: dict[Group, QParams] = {}
     result = {}
     for tensor in placement.tensors():
@@ -46,7 +67,7 @@ def activation_params(
             lo, hi = np.clip(found, *useful[group])
             least, most = stored.get(group, (0.0, 0.0))
             known[group] = activations.params(min(lo, least), max(hi, most))
-            if len({placement.fixed.get(name) for name in group}) == 1:
+            if len({demands.get(name) for name in group}) == 1:
                 known[group] = fixed.get(min(group), known[group])
         result[tensor.name] = fixed.get(tensor.name, known[group])
     return result

@@ -187,7 +187,12 @@ def quantized(case: Case) -> str:
         target = Path(folder) / "out.onnx"
         try:
             report = workflow.optimize(
-                case.model, target, data=[case.feed], allow_unchanged=True, validate=False
+                case.model,
+                target,
+                data=[case.feed],
+                recipe="int8",
+                allow_unchanged=True,
+                validate=False,
             )
         except OnnxqError as e:
             return f"{type(e).__name__}: {e}"

@@ -50,13 +50,27 @@ def test_the_same_input_gives_the_same_bytes(
     optimized: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     again = tmp_path / "again.onnx"
-    assert run("optimize", MODEL, again, "--data", DATA, "--no-validate").exit_code == 0
+    assert (
+        run("optimize", MODEL, again, "--data", DATA, "--recipe", "int8", "--no-validate").exit_code
+        == 0
+    )
     assert again.read_bytes() == optimized[0].read_bytes()
 
 
 def test_json_on_stdout_is_all_there_is(tmp_path: Path) -> None:
     out = tmp_path / "out.onnx"
-    args = ["optimize", MODEL, out, "--data", DATA, "--json", "-", "--no-validate"]
+    args = [
+        "optimize",
+        MODEL,
+        out,
+        "--data",
+        DATA,
+        "--json",
+        "-",
+        "--recipe",
+        "int8",
+        "--no-validate",
+    ]
     done = subprocess.run(
         [sys.executable, "-m", "onnxq", *map(str, args)], capture_output=True, text=True, check=True
     )
@@ -67,13 +81,16 @@ def test_json_on_stdout_is_all_there_is(tmp_path: Path) -> None:
 def test_in_place(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     path.write_bytes(MODEL.read_bytes())
-    assert run("optimize", path, path, "--data", DATA, "--no-validate").exit_code == 0
+    assert (
+        run("optimize", path, path, "--data", DATA, "--recipe", "int8", "--no-validate").exit_code
+        == 0
+    )
     assert path.stat().st_size < 0.5 * MODEL.stat().st_size
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_without_data_there_is_a_warning(tmp_path: Path) -> None:
-    done = run("optimize", MODEL, tmp_path / "out.onnx", "--no-validate")
+    done = run("optimize", MODEL, tmp_path / "out.onnx", "--recipe", "int8", "--no-validate")
     assert done.exit_code == 0
     assert "synthetic samples" in done.stderr
 
@@ -89,7 +106,7 @@ def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
 def test_a_calibration_is_written_and_used_again(tmp_path: Path) -> None:
     first, second, ranges = (tmp_path / n for n in ("a.onnx", "b.onnx", "ranges.npz"))
     for out in (first, second):
-        args = ("--data", DATA, "--calibration", ranges, "--no-validate")
+        args = ("--data", DATA, "--calibration", ranges, "--recipe", "int8", "--no-validate")
         assert run("optimize", MODEL, out, *args).exit_code == 0
     assert first.read_bytes() == second.read_bytes()
 
@@ -172,7 +189,9 @@ def test_mistakes_are_one_line(
     monkeypatch.chdir(tmp_path)
     model, output, *data = request_of(tmp_path)
     before = set(tmp_path.iterdir())
-    done = run("optimize", model, output, "--data", *(data or [DATA]), "--no-validate")
+    done = run(
+        "optimize", model, output, "--data", *(data or [DATA]), "--recipe", "int8", "--no-validate"
+    )
     assert done.exit_code == code
     assert done.stderr.startswith("onnxq: error: ")
     assert done.stderr.count("\n") == 1

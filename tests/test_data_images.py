@@ -288,7 +288,7 @@ def test_images_on_the_command_line(digits: Path, tmp_path: Path) -> None:
     assert "12 images of" in shown.output
     assert "grey, resize stretch, (x/255 - (0.1307)) / (0.3081)" in " ".join(shown.output.split())
     assert "warning" not in shown.output
-    done = run("optimize", DIGITS, out, *how, "--no-validate")
+    done = run("optimize", DIGITS, out, *how, "--recipe", "int8", "--no-validate")
     assert (done.exit_code, done.stderr) == (0, "")
     compared = run("compare", DIGITS, out, *how)
     assert compared.exit_code == 0
@@ -299,7 +299,7 @@ def test_pixels_that_are_not_scaled_are_warned_of(digits: Path, tmp_path: Path) 
     how = ("--data", digits, "--scale", "1")
     shown = run("optimize", DIGITS, tmp_path / "out.onnx", *how, "--dry-run")
     assert "warning: input 'image' is fed values of 0 to 255, which spread" in shown.output
-    done = run("optimize", DIGITS, tmp_path / "out.onnx", *how, "--no-validate")
+    done = run("optimize", DIGITS, tmp_path / "out.onnx", *how, "--recipe", "int8", "--no-validate")
     assert "onnxq: warning: input 'image' is fed values of 0 to 255" in done.stderr
 
 

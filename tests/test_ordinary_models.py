@@ -129,7 +129,7 @@ QUANTIZED = {
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_is_quantized(name: str, target: str, tmp_path: Path) -> None:
     before = QUANTIZED[name]
-    report = optimize(before, tmp_path / "out.onnx", target=target)
+    report = optimize(before, tmp_path / "out.onnx", recipe="int8", target=target)
     after = onnx.load(tmp_path / "out.onnx")
     onnx.checker.check_model(after, full_check=True)
     session = ort.InferenceSession(tmp_path / "out.onnx", providers=["CPUExecutionProvider"])
@@ -154,7 +154,7 @@ def test_custom_operators_are_left_alone_by_a_clean_up(tmp_path: Path) -> None:
     nodes = onnx.load(tmp_path / "out.onnx").graph.node
     assert [(n.op_type, n.domain) for n in nodes] == [("Conv", "my"), ("Relu", "")]
     assert "not compared" in report.warnings[0]
-    with pytest.raises(ModelError, match=r"my:Conv.* recipe int8 has to run the model"):
+    with pytest.raises(ModelError, match=r"my:Conv.* recipe auto has to run the model"):
         optimize(model, tmp_path / "other.onnx")
 
 

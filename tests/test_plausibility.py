@@ -207,7 +207,7 @@ def test_warnings_are_in_the_report_and_the_preview(tmp_path: Path) -> None:
     path, data = MODELS / "digits_cnn.onnx", MODELS / "digits_cnn.calib.npz"
     with np.load(data) as arrays:
         pixels = np.rint((arrays["image"][:12] * 0.3081 + 0.1307) * 255)
-    report = optimize(path, data={"image": pixels}, validate=False)
+    report = optimize(path, data={"image": pixels}, recipe="int8", validate=False)
     assert "feed" not in report.warnings[0]
     assert "scale the samples as in training" in report.warnings[0]
     np.savez(tmp_path / "a.npz", image=pixels)

@@ -37,7 +37,7 @@ def test_the_result_is_the_same_as_without(name: str, target: str, tmp_path: Pat
         assert (name, target) == ("lang_lstm", "ort-cpu")  # its only layers are faster in floats
         return
     before = stats.read_bytes()
-    quick = (*common, "--no-validate")
+    quick = (*common, "--recipe", "int8", "--no-validate")
     assert run("optimize", model, with_file, *quick, "--calibration", stats).exit_code == 0
     assert run("optimize", model, without, *quick).exit_code == 0
     assert with_file.read_bytes() == without.read_bytes()
@@ -51,7 +51,7 @@ def test_a_calibration_is_used_instead_of_the_samples(tmp_path: Path) -> None:
     np.savez(other, image=np.load(DATA)["image"][:8] * 100)
     outs = [tmp_path / "a.onnx", tmp_path / "b.onnx"]
     for out, data in zip(outs, (DATA, other), strict=True):
-        onnxq.optimize(MODEL, out, data=data, calibration=stats, validate=False)
+        onnxq.optimize(MODEL, out, data=data, recipe="int8", calibration=stats, validate=False)
     assert outs[0].read_bytes() == outs[1].read_bytes()
 
 

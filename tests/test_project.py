@@ -18,7 +18,8 @@ ROOT = Path(__file__).parent.parent
 SHARED = {
     "ops", "work", "costs", "placement", "ranges", "sensitive", "linear",
     "sizes", "size_algebra", "shape_rules", "value_rules", "activations",
-    "dynamic_costs", "dynamic_layers",
+    "formats", "insertion", "float_layers", "encodings", "layouts", "weight_kernels",
+    "importance", "dynamic_costs", "dynamic_layers",
 }  # fmt: skip
 
 

@@ -39,7 +39,7 @@ def target_option(command: Any) -> Any:
 def recipe_option(command: Any) -> Any:
     """The option --recipe, everywhere the same."""
     return click.option(
-        "--recipe", default="int8", show_default=True, metavar="NAME",
+        "--recipe", default="auto", show_default=True, metavar="NAME",
         shell_complete=complete_recipe,
         help="What to do: a name of `onnxq recipes`, or a .toml file.",
     )(command)  # fmt: skip
@@ -119,10 +119,7 @@ def show(report: Any, json_file: str | None, *, quiet: bool) -> None:
         click.echo(report.to_json())
         return
     if json_file is not None:
-        from onnxq.files import atomic_write
-
-        with atomic_write(json_file) as stream:
-            stream.write(report.to_json().encode() + b"\n")
+        write_text(json_file, report.to_json() + "\n")
     if not quiet:
         from rich.console import Console
 
@@ -130,6 +127,14 @@ def show(report: Any, json_file: str | None, *, quiet: bool) -> None:
         if not console.is_terminal:
             console = Console(highlight=False, markup=False, width=120)
         report.print_to(console)
+
+
+def write_text(path: str, text: str) -> None:
+    """Write a file, whole or not at all."""
+    from onnxq.files import atomic_write
+
+    with atomic_write(path) as stream:
+        stream.write(text.encode())
 
 
 @contextmanager

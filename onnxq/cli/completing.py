@@ -44,6 +44,27 @@ def complete_pass(
         return []
 
 
+def complete_format(
+    ctx: click.Context, param: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """Number formats by name."""
+    from onnxq.schemes import FORMATS
+
+    return _items(FORMATS, incomplete)
+
+
+def complete_layer(
+    ctx: click.Context, param: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """Behind the `=` what may stand there; before it, the patterns that are no names."""
+    from onnxq.layers import formats
+
+    pattern, equals, _ = incomplete.rpartition("=")
+    if equals:
+        return _items([f"{pattern}={name}" for name in formats()], incomplete)
+    return _items(["first=", "last=", "op:"], incomplete)
+
+
 def _items(names: Iterable[str], incomplete: str, *, files: bool = False) -> list[CompletionItem]:
     """Names that begin so; a file name when none does."""
     from click.shell_completion import CompletionItem

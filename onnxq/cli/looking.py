@@ -31,9 +31,9 @@ def inspect(model: str, *, target: str, json_file: str | None, quiet: bool) -> N
     onnxq inspect model.onnx
     onnxq inspect model.onnx --target generic --json -
     """
-    from onnxq import workflow
+    from onnxq import looking
 
-    show(workflow.inspect(model, target=target), json_file, quiet=quiet)
+    show(looking.inspect(model, target=target), json_file, quiet=quiet)
 
 
 @click.command()
@@ -58,10 +58,10 @@ def compare(
     \b
     onnxq compare model.onnx small.onnx --data samples.npz
     """
-    from onnxq import workflow
+    from onnxq import looking
 
     with progress_bar(quiet=quiet) as progress:
-        comparison = workflow.compare(original, result, data=data, images=images, progress=progress)
+        comparison = looking.compare(original, result, data=data, images=images, progress=progress)
     show(comparison, json_file, quiet=quiet)
     if min_sqnr is not None and comparison.fidelity.sqnr_db < min_sqnr:
         from onnxq.errors import BudgetError

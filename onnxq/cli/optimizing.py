@@ -15,11 +15,15 @@ from onnxq.cli.common import (
     sqnr_option,
     target_option,
     warn,
+    write_text,
 )
 from onnxq.cli.imaging import image_options
+from onnxq.cli.setting import setting_options
 
 if TYPE_CHECKING:
+    from onnxq.choosing import Objective
     from onnxq.data import ImageOptions
+    from onnxq.settings import Settings
 
 
 @click.command()
@@ -32,7 +36,18 @@ if TYPE_CHECKING:
     "--calibration", metavar="FILE",
     help="Keep what was seen of the activations (.npz); used again if the file is there.",
 )  # fmt: skip
-@sqnr_option("Write nothing (exit 1) if an output's signal to noise ratio is below this.")
+@click.option(
+    "--objective", type=click.Choice(["speed", "size"]), default="speed", show_default=True,
+    help="What recipe auto looks at first; never is the result slower than the original.",
+)  # fmt: skip
+@sqnr_option(
+    "Write nothing (exit 1) if an output's signal to noise ratio is below this; recipe auto "
+    "chooses among what reaches it.  [default: 20 for auto]"
+)
+@click.option(
+    "--save-plan", metavar="FILE.toml",
+    help="Write the recipe that made the result; --recipe FILE.toml makes the same one again.",
+)  # fmt: skip
 @click.option(
     "--dry-run", is_flag=True, help="Print the plan and what the samples look like; no output."
 )
@@ -44,6 +59,7 @@ if TYPE_CHECKING:
 @click.option(
     "--allow-unchanged", is_flag=True, help="Write the model even if nothing was quantized."
 )
+@setting_options
 @image_options
 @output_options
 def optimize(
@@ -54,8 +70,12 @@ def optimize(
     images: ImageOptions | None,
     recipe: str,
     target: str,
+    settings: Settings,
+    layers: tuple[str, ...],
     calibration: str | None,
+    objective: Objective,
     min_sqnr: float | None,
+    save_plan: str | None,
     dry_run: bool,
     validate: bool | None,
     allow_unchanged: bool,
@@ -67,12 +87,17 @@ def optimize(
     \b
     onnxq optimize model.onnx small.onnx --data samples.npz
     onnxq optimize model.onnx small.onnx --data folder/ --min-sqnr 20 --json report.json
+    onnxq optimize model.onnx small.onnx --recipe int4-weights --group-size 64 --range hqq
+    onnxq optimize model.onnx small.onnx --data samples.npz --layer first=float --layer last=int16
     onnxq optimize model.onnx clean.onnx --recipe cleanup
     """
     if dry_run:
         from onnxq.preview import preview
 
-        found = preview(model, data=data, images=images, recipe=recipe, target=target)
+        found = preview(
+            model, data=data, images=images, recipe=recipe, target=target, settings=settings,
+            layers=layers,
+        )  # fmt: skip
         show(found, json_file, quiet=quiet)
         return
     from onnxq import workflow
@@ -80,9 +105,12 @@ def optimize(
     with progress_bar(quiet=quiet) as progress:
         report = workflow.optimize(
             model, output, data=data, images=images, recipe=recipe, target=target,
-            calibration=calibration, min_sqnr=min_sqnr, validate=validate,
+            settings=settings, layers=layers, calibration=calibration, objective=objective,
+            min_sqnr=min_sqnr, validate=validate,
             allow_unchanged=allow_unchanged, progress=progress,
         )  # fmt: skip
+    if save_plan is not None:
+        write_text(save_plan, report.plan.to_toml())
     warn(report.warnings, quiet=quiet)
     show(report, json_file, quiet=quiet)
 
@@ -93,6 +121,7 @@ def optimize(
 @data_option
 @recipe_option
 @target_option
+@setting_options
 @image_options
 @output_options
 def calibrate(
@@ -103,6 +132,8 @@ def calibrate(
     images: ImageOptions | None,
     recipe: str,
     target: str,
+    settings: Settings,
+    layers: tuple[str, ...],
     json_file: str | None,
     quiet: bool,
 ) -> None:
@@ -120,7 +151,7 @@ def calibrate(
     with progress_bar(quiet=quiet) as progress:
         done = run(
             model, output, data=data, images=images, recipe=recipe, target=target,
-            progress=progress,
+            settings=settings, layers=layers, progress=progress,
         )  # fmt: skip
     warn(done.warnings, quiet=quiet)
     show(done, json_file, quiet=quiet)

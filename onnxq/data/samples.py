@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -33,6 +34,14 @@ class Samples:
 
     def __len__(self) -> int:
         return self.size
+
+    def fingerprint(self) -> str:
+        """What tells these samples from others: how many they are, and the first one's values."""
+        digest = hashlib.blake2b(f"{self.size} {self.batch}".encode(), digest_size=16)
+        for name, values in sorted(next(iter(self), {}).items()):
+            digest.update(f"{name} {values.dtype} {values.shape}".encode())
+            digest.update(values.tobytes() if values.dtype.kind != "O" else repr(values).encode())
+        return digest.hexdigest()
 
     def take(self, n: int) -> Samples:
         """The first n feeds."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +23,36 @@ HERE = Path(__file__).parent
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """A list of pass names with options, and a one-line promise."""
+    """A list of pass names with options, and a one-line promise; or a choice among recipes.
+
+    choose: names of recipes, or files beside this one, that are tried; it has no passes then.
+    """
 
     name: str
     description: str
-    passes: tuple[str, ...]
-    options: dict[str, dict[str, Any]]
+    passes: tuple[str, ...] = ()
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    choose: tuple[Recipe, ...] = ()
+
+    @property
+    def candidates(self) -> tuple[Recipe, ...]:
+        """The recipes that are tried: the choice, or this one alone."""
+        return self.choose or (self,)
+
+    @property
+    def is_quantizing(self) -> bool:
+        """Whether one of its passes quantizes."""
+        return any(name.startswith("quantize") for name in self.passes)
 
     def to_toml(self) -> str:
         """The recipe as a file that `load_recipe` reads; options left at their default commented.
 
         Raises RecipeError for passes that are not known.
         """
-        quoted = ", ".join(toml(name) for name in self.passes)
-        lines = [f"description = {toml(self.description)}", f"passes = [{quoted}]"]
+        lines = [f"description = {toml(self.description)}"]
+        if self.choose:
+            return "\n".join([*lines, f"choose = {toml([r.name for r in self.choose])}"]) + "\n"
+        lines.append(f"passes = {toml(self.passes)}")
         for name in dict.fromkeys(self.passes):
             known, chosen = options_of(find_pass(name)), self.options.get(name, {})
             rows = [f"{o.name} = {toml(chosen[o.name])}" for o in known if o.name in chosen]
@@ -77,10 +93,20 @@ def load_recipe(name: str) -> Recipe:
             f"unknown recipe {name!r}: one of {', '.join(names())}, or a .toml file"
             f"{meant(name, names())}"
         )
+    return _load(path, may_choose=True)
+
+
+def _load(path: Path, *, may_choose: bool) -> Recipe:
     try:
         table = tomllib.loads(path.read_text())
-        description, passes = table.pop("description"), table.pop("passes")
-        return _recipe(path.stem, description, passes, table)
+        description = table.pop("description")
+        if not isinstance(description, str):
+            raise TypeError("description is a text")
+        if "choose" not in table:
+            return _recipe(path.stem, description, table.pop("passes"), table)
+        if not may_choose:
+            raise TypeError("it is itself a choice")
+        return Recipe(path.stem, description, choose=_choice(path.parent, **table))
     except KeyError as e:
         raise RecipeError(f"{path}: not a recipe: it has no {e}") from e
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, TypeError) as e:
@@ -89,9 +115,19 @@ def load_recipe(name: str) -> Recipe:
         raise RecipeError(f"{path}: {e}") from e
 
 
-def _recipe(name: str, description: Any, passes: Any, options: dict[str, Any]) -> Recipe:
-    if not isinstance(description, str):
-        raise TypeError("description is a text")
+def _choice(folder: Path, choose: Any, **rest: Any) -> tuple[Recipe, ...]:
+    if rest:
+        raise TypeError(f"beside choose it has {', '.join(rest)}: those of its recipes count")
+    if not choose or not isinstance(choose, list) or not all(isinstance(n, str) for n in choose):
+        raise TypeError("choose is a list of recipes")
+    paths = [folder / n if n.endswith(".toml") else HERE / f"{n}.toml" for n in choose]
+    for name, path in zip(choose, paths, strict=True):
+        if not path.is_file():
+            raise RecipeError(f"chooses {name!r}, which is not a recipe{meant(name, names())}")
+    return tuple(_load(path, may_choose=False) for path in paths)
+
+
+def _recipe(name: str, description: str, passes: Any, options: dict[str, Any]) -> Recipe:
     if not isinstance(passes, list) or not all(isinstance(p, str) for p in passes):
         raise TypeError("passes is a list of names")
     for pass_ in passes:
@@ -118,7 +154,7 @@ def plan(
 
     A pass may say by `opset` which version of the operators it writes: raise_opset goes as far. And
     by `unfit` why the target can do nothing with what it writes: it is left out beside other passes
-    that quantize.
+    that quantize, as quantize_dynamic is where the target has no kernels for it.
 
     Raises RecipeError for an option that a pass does not have or cannot take, and for a target that
     can do nothing with any of it.
@@ -161,10 +197,11 @@ def wants(recipe: Recipe, field: str) -> bool:
     One that takes them needs them, unless it says by `wants(field, options)` that with the recipe's
     options it does not.
     """
-    for name in recipe.passes:
-        entry = find_pass(name)
-        if field in getattr(entry, "__dataclass_fields__", {}):
-            asked = getattr(entry, "wants", None)
-            if asked is None or asked(field, recipe.options.get(name, {})):
-                return True
+    for one in recipe.candidates:
+        for name in one.passes:
+            entry = find_pass(name)
+            if field in getattr(entry, "__dataclass_fields__", {}):
+                asked = getattr(entry, "wants", None)
+                if asked is None or asked(field, one.options.get(name, {})):
+                    return True
     return False

@@ -27,7 +27,8 @@ class OpRule:
     also return floats, "float" when it reads integers and returns floats. attributes: values that
     an attribute may have (the first is ONNX's default). shared: inputs and output must have one
     scale. fixed: scale and zero point that the output must have, by activation format. weights:
-    how this operator's weights are quantized, where that is not the target's way.
+    how this operator's weights are quantized, where that is not the target's way. weight_formats:
+    that this operator takes besides.
     """
 
     output: Output = "quantized"
@@ -35,12 +36,17 @@ class OpRule:
     shared: bool = False
     fixed: Mapping[str, tuple[float, int]] | None = None
     weights: QuantScheme | None = None
+    weight_formats: tuple[str, ...] = ()
     source: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """Nanoseconds of one operator; `onnxq.passes.costs` says how they are put together."""
+    """Nanoseconds of one operator; `onnxq.passes.costs` says how they are put together.
+
+    hoisted: an element of a float node's result when that is quantized: where the runtime lifts the
+    QuantizeLinear over the node, to run it in integers in the layout of floats.
+    """
 
     float_element: float = 0.0
     float_mac: float = 0.0
@@ -48,8 +54,9 @@ class Rate:
     integer_element: float = 0.0
     integer_mac: float = 0.0
     integer_rows: float = 0.0
+    tap: float = 0.0
     patch: float = 0.0
-    narrow: float = 1.0
+    hoisted: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +64,10 @@ class Costs:
     """What things cost on a target, in nanoseconds, measured; only ratios matter.
 
     float_node, integer_node: for a node, whatever its size. quantize, dequantize: an element that
-    changes between floats and integers, the change of memory layout included. block: channels that
-    one vector holds.
+    changes between floats and integers; layout: what the change of memory layout adds to that around
+    convolutions. block: channels that one vector of floats holds.
+    input_lanes, output_lanes, depthwise_lanes: the fast integer convolution takes channels in
+    multiples of the first and the last, and writes at least the second; others take twice the time.
     """
 
     float_node: float
@@ -67,6 +76,10 @@ class Costs:
     dequantize: float
     block: int
     operators: Mapping[str, Rate]
+    layout: float = 0.0
+    input_lanes: int = 1
+    output_lanes: int = 1
+    depthwise_lanes: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,9 +127,14 @@ class Target:
     from integers (Cast, Mul) are folded at load; stored_formats: of such integers, all that onnxq
     writes if none are named. weight_kernels: for float layers with integer weights. static_shapes:
     free dimensions must be fixed. saturates: u8s8 products are added in pairs in saturating 16
-    bits. file_format: what is written beside the .onnx. machines: on which ONNX Runtime's CPU times
-    are the target's own. Without costs, every operator that can run in integers does. dynamic:
-    operators that it runs with activations quantized at run time, see `onnxq.targets.dynamic`.
+    bits. simulated: activation formats that it reads, and computes in floats. widened: weight
+    formats that a Cast at load brings to those of its kernels. grouped: weights of less than 8 bits
+    may have scales of groups beside quantized activations. requantizes: float weights of Conv
+    and Gemm between pairs are quantized at load, with one scale (`onnxq.passes.float_layers` says
+    what helps). file_format: what is written beside the .onnx. machines: on which ONNX Runtime's
+    CPU times are the target's own. Without costs, every operator that can run in integers does.
+    dynamic: operators that it runs with activations quantized at run time, see
+    `onnxq.targets.dynamic`.
 
     sources: where each fact is from, by its name here; an operator without a source of its own has
     that of "operators".
@@ -143,6 +161,10 @@ class Target:
     weight_kernels: WeightKernels | None = None
     static_shapes: bool = False
     saturates: bool = False
+    simulated: tuple[str, ...] = ()
+    widened: tuple[str, ...] = ()
+    grouped: bool = False
+    requantizes: bool = False
     file_format: FileFormat = "onnx"
     machines: tuple[str, ...] = ()
     costs: Costs | None = None
@@ -153,6 +175,17 @@ class Target:
         """How weights of an operator are quantized."""
         rule = self.operators.get(op)
         return rule.weights if rule is not None and rule.weights is not None else self.weights
+
+    def formats_of(self, op: str) -> tuple[str, ...]:
+        """In which formats weights of an operator may be written beside quantized activations."""
+        return (*self.kernel_formats(op), *self.widened)
+
+    def kernel_formats(self, op: str) -> tuple[str, ...]:
+        """Which formats an operator's kernels read, beside quantized activations."""
+        rule = self.operators.get(op, OpRule())
+        own = rule.weights is not None and rule.weights.format != self.weights.format
+        first = (self.weights_of(op).format,) if own else self.weight_formats
+        return (*first, *rule.weight_formats)
 
     def without_channels(self) -> Target:
         """The target with one scale a weight: before opset 13 DequantizeLinear has no axis."""
@@ -225,6 +258,7 @@ def _target(name: str, table: dict[str, Any]) -> Target:
     if unknown := set(table) - {f.name for f in fields(Target)}:
         raise ValueError(f"unknown key {', '.join(sorted(unknown))}")
     named = [*formats.values(), table.get("stored_formats", ())]
+    named += [table.get(key, ()) for key in ("simulated", "widened")]
     named += [table.get("weight_kernels", {}).get("formats", ())]
     if strange := {f for found in named for f in found} - set(FORMATS):
         raise ValueError(f"unknown format {', '.join(sorted(strange))}")
@@ -287,9 +321,13 @@ def _rule(op: str, row: dict[str, Any], weights: dict[str, Any]) -> OpRule:
     attributes = {k: tuple(v) for k, v in rest.pop("attributes", {}).items()}
     fixed = {k: (float(s), int(z)) for k, (s, z) in rest.pop("fixed", {}).items()}
     own = rest.pop("weights", None)
+    further = tuple(rest.pop("weight_formats", ()))
+    if strange := set(further) - set(FORMATS):
+        raise ValueError(f"{op}: unknown format {', '.join(sorted(strange))}")
     return OpRule(
         attributes=attributes or None,
         fixed=fixed or None,
         weights=None if own is None else _weights(weights | own),
+        weight_formats=further,
         **rest,
     )

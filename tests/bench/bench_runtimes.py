@@ -70,7 +70,14 @@ def int8_layers(model: Path) -> str:
 
 def quantized(model: Path, target: str, out: Path) -> Path:
     """`optimize` for a target, on the calibration samples."""
-    optimize(model, out, data=str(model.with_suffix(".calib.npz")), target=target, validate=False)
+    optimize(
+        model,
+        out,
+        data=str(model.with_suffix(".calib.npz")),
+        recipe="int8",
+        target=target,
+        validate=False,
+    )
     return out
 
 

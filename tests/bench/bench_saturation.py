@@ -36,7 +36,9 @@ def main() -> None:
     figures: dict[str, Any] = {"float": {"accuracy": accuracy(reference, labels)}}
     for target in ("ort-cpu", "ort-cpu-avx2"):
         out = f"/tmp/bench_saturation_{target}.onnx"
-        report = optimize(a.model, out, data=a.calibration, target=target, validate=False)
+        report = optimize(
+            a.model, out, data=a.calibration, recipe="int8", target=target, validate=False
+        )
         result, emulated = runtime.session(out), emulator(load(out))
         exact = [result.run(None, feed)[0] for feed in samples]
         saturating = [emulated.run(feed)[0] for feed in samples]

@@ -1,0 +1,94 @@
+"""What a recipe has made of a model: checked, compared with the original; nothing is written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from onnxq.core import Note
+from onnxq.coverage import Coverage, coverage
+from onnxq.data import Feed, Samples
+from onnxq.demands import broken_rules, require_quantized, require_valid, simulated
+from onnxq.errors import BudgetError
+from onnxq.job import Job
+from onnxq.loading import ModelLike
+from onnxq.model import Model
+from onnxq.recipes import Recipe
+from onnxq.targets import Target
+from onnxq.validation import Fidelity
+from onnxq.validation import compare as compare_outputs
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What all attempts of one run share.
+
+    fitting, held: samples to calibrate on and to compare on (none: no comparison). seconds: for one
+    comparison. allow_unchanged: whether a result in which nothing is quantized is one.
+    """
+
+    original: ModelLike
+    target: Target
+    fitting: Samples
+    held: Samples
+    calibration: Path | None
+    seconds: float
+    allow_unchanged: bool
+    job: Job
+
+    @property
+    def feed(self) -> Feed:
+        """One sample; empty where there is none."""
+        return next(iter(self.held), {})
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Attempt:
+    """A recipe's result, and what it is like."""
+
+    recipe: Recipe
+    model: Model
+    notes: tuple[Note, ...]
+    coverage: Coverage
+    fidelity: Fidelity | None
+    warnings: tuple[str, ...] = ()
+
+
+def attempt(recipe: Recipe, model: Model, notes: Sequence[Note], setting: Setting) -> Attempt:
+    """Judge what a recipe has made of a model: valid, quantized, how far from the original.
+
+    notes: of all passes that ran. Raises BudgetError if nothing was quantized, if the target cannot
+    compute what is left in floats, and if outputs are not finite.
+    """
+    warnings: list[str] = []
+    if recipe.is_quantizing:
+        if not setting.allow_unchanged:
+            require_quantized(notes, model)
+        warnings = broken_rules(model, setting.target, strict=not setting.allow_unchanged)
+        warnings += simulated(model, setting.target)
+    fidelity = None
+    if len(setting.held):
+        with setting.job.stage("validate"):
+            fidelity = _compared(model, setting)
+    covered = _covered(model, setting.feed)
+    return Attempt(recipe, model, tuple(notes), covered, fidelity, tuple(warnings))
+
+
+def _covered(model: Model, feed: Feed) -> Coverage:
+    model.infer_shapes()
+    return coverage(model, model.shapes_for({k: np.shape(v) for k, v in feed.items()}))
+
+
+def _compared(model: Model, setting: Setting) -> Fidelity:
+    """Compare, and raise BudgetError for what must not be written."""
+    require_valid(model, setting.original)
+    fidelity = compare_outputs(
+        setting.original, model, setting.held, seconds=setting.seconds,
+        progress=setting.job.sample_progress(len(setting.held)),
+    )  # fmt: skip
+    if not all(o.is_finite for o in fidelity.outputs):
+        raise BudgetError("the result has outputs that are not finite; nothing was written")
+    return fidelity

@@ -1,0 +1,71 @@
+"""Options of passes as flags, and overrides for single layers: as two keywords."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from functools import wraps
+from typing import Any
+
+import click
+
+from onnxq.cli.completing import complete_format, complete_layer
+
+RANGES = ("minmax", "mse", "standardized", "hqq", "importance")
+
+OPTIONS = (
+    click.option(
+        "--weights", metavar="FORMAT", shell_complete=complete_format,
+        help="Format of weights: int8, uint4, int2, float8e4m3fn ...; default: the recipe's.",
+    ),
+    click.option(
+        "--activations", metavar="FORMAT", shell_complete=complete_format,
+        help="Format of activations with fixed ranges: a8, a16, or by name; default: the recipe's.",
+    ),
+    click.option(
+        "--granularity", type=click.Choice(["tensor", "channel", "group"]),
+        help="One scale for a weight, for each of its channels, or for groups of values.",
+    ),
+    click.option(
+        "--group-size", type=click.IntRange(min=1), metavar="N",
+        help="Values of a weight that share a scale, with --granularity group.",
+    ),
+    click.option(
+        "--symmetric/--no-symmetric", default=None, help="Weights without zero points, or with."
+    ),
+    click.option(
+        "--range", type=click.Choice(RANGES), help="How ranges of weights are chosen."
+    ),
+    click.option(
+        "--activation-range", type=click.Choice(["minmax", "percentile", "entropy", "mse"]),
+        help="How ranges of activations are chosen.",
+    ),
+    click.option(
+        "--bias", type=click.Choice(["int32", "float"]),
+        help="Biases beside quantized activations, where the target takes either.",
+    ),
+    click.option(
+        "--encoding", type=click.Choice(["auto", "compute", "storage"]),
+        help="Weights beside float activations: multiplied as integers, or unpacked at load.",
+    ),
+    click.option(
+        "--layer", "layers", multiple=True, metavar="PATTERN=FORMAT",
+        shell_complete=complete_layer,
+        help="For single layers, the last match wins: a glob on node names, op:LSTM, first or "
+        "last, and float, int8, int4, int16 (16-bit activations), a16w4 ...",
+    ),
+)  # fmt: skip
+
+
+def setting_options(command: Any) -> Any:
+    """The flags, as the keywords `settings` and `layers`; everywhere the same."""
+
+    @wraps(command)
+    def run(*args: Any, layers: tuple[str, ...], **kwargs: Any) -> None:
+        from onnxq.settings import Settings
+
+        settings = Settings(**{f.name: kwargs.pop(f.name) for f in fields(Settings)})
+        command(*args, settings=settings, layers=layers, **kwargs)
+
+    for option in reversed(OPTIONS):
+        run = option(run)
+    return run

@@ -1,0 +1,94 @@
+"""Models looked at and compared, nothing changed: inspect, compare."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import onnx_graphsurgeon as gs
+
+from onnxq.coverage import coverage
+from onnxq.data import ImageOptions, Spec
+from onnxq.demands import LAYERS_SAMPLES
+from onnxq.job import Job, Progress
+from onnxq.loading import ModelLike, load, name_of
+from onnxq.passes.convert_float32 import convert_float32
+from onnxq.passes.placement import place
+from onnxq.passes.sensitive import graph_rules
+from onnxq.passes.work import macs
+from onnxq.report import Comparison, Inspection
+from onnxq.sampling import samples_for
+from onnxq.targets import load_target
+from onnxq.validation import compare as compare_outputs
+from onnxq.validation import layer_fidelity
+from onnxq.weights import bytes_in
+
+
+def inspect(model: ModelLike, *, target: str = "ort-cpu") -> Inspection:
+    """Say what a model is made of, and what a target could quantize of it, functions inlined.
+
+    Raises ModelError for what is not a model, RecipeError for an unknown target.
+    """
+    aim, found = load_target(target), load(model)
+    inside = found.copy()  # as a recipe sees it
+    inside.inline_functions()
+    convert_float32(inside)
+    inside.separate_names()
+    placement = place(inside, aim, graph_rules(inside, macs(inside)), {})
+    sizes: Counter[str] = Counter()
+    parameters = 0
+    for graph in found.graphs():
+        for tensor in graph.tensors().values():
+            if isinstance(tensor, gs.Constant):
+                count = math.prod(tensor.shape)
+                parameters += count
+                sizes[str(tensor.dtype)] += bytes_in(tensor)
+    return Inspection(
+        model=name_of(model),
+        target=aim.name,
+        ir_version=found.envelope.ir_version,
+        opset={o.domain: o.version for o in found.envelope.opset_import},
+        inputs=tuple(_described(t) for t in found.graph.inputs),
+        outputs=tuple(_described(t) for t in found.graph.outputs),
+        ops=dict(Counter(node.op for node in found.nodes()).most_common()),
+        functions=tuple(found.functions),
+        parameters=parameters,
+        bytes_by_type=dict(sizes.most_common()),
+        coverage=coverage(inside),
+        quantizable=tuple(node.name for node in placement.nodes.values()),
+        notes=placement.declined,
+    )
+
+
+def _described(tensor: gs.Tensor) -> str:
+    shape = (
+        "of any shape"
+        if tensor.shape is None
+        else [("?" if d is None else d) for d in tensor.shape]
+    )
+    return f"{tensor.name} {shape} {tensor.dtype}".replace("'", "")
+
+
+def compare(
+    original: ModelLike,
+    result: ModelLike,
+    *,
+    data: Spec | None = None,
+    images: ImageOptions | None = None,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Compare two versions of a model on samples: each output, and each layer both have by name.
+
+    Raises ModelError unless they are versions of one model, DataError for samples that do not fit.
+    """
+    one, two = load(original), load(result)
+    samples = samples_for(one, data, images)
+    tell = None if progress is None else Job(progress, now="compare").sample_progress(len(samples))
+    fidelity = compare_outputs(original, result, samples, progress=tell)
+    layers = layer_fidelity(one, two, samples.take(LAYERS_SAMPLES))
+    return Comparison(
+        name_of(original),
+        name_of(result),
+        fidelity,
+        tuple(sorted(layers, key=lambda layer: layer.sqnr_db)),
+    )

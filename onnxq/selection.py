@@ -1,0 +1,194 @@
+"""Recipes run on a model: one as it is told, or the best of several by what they turn out to be."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from onnxq import runtime
+from onnxq.attempts import Attempt, Setting, attempt
+from onnxq.choosing import BUDGET, SLOWER, Candidate, Objective, choose, judged
+from onnxq.core import Note, Pass
+from onnxq.demands import NOTHING, missed
+from onnxq.errors import BudgetError, RecipeError
+from onnxq.fingerprint import fingerprint
+from onnxq.loading import size_of
+from onnxq.model import Model
+from onnxq.recipes import Recipe, plan, wants
+from onnxq.runtime import Latency
+
+NEEDS_DATA = "needs --data"
+SECONDS = 3.0  # for timing one result against the original
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Selected:
+    """What is handed over; latency: None where it cannot be timed. candidates: what was tried."""
+
+    attempt: Attempt
+    latency: Latency | None
+    candidates: tuple[Candidate, ...] = ()
+
+
+def run_one(recipe: Recipe, model: Model, setting: Setting, min_sqnr: float | None) -> Selected:
+    """Run a recipe on the model, in place.
+
+    Raises BudgetError as `attempt` does, and when min_sqnr (dB) is missed.
+    """
+    notes = _rewrite(model, _planned(recipe, setting), setting)
+    done = attempt(recipe, model, notes, setting)
+    if min_sqnr is not None and done.fidelity and done.fidelity.sqnr_db < min_sqnr:
+        raise missed(setting.original, done.model, setting.held, done.fidelity.sqnr_db, min_sqnr)
+    return Selected(done, _timed(done.model, setting, SECONDS))
+
+
+@dataclass(slots=True, eq=False)
+class _Try:
+    """One recipe of a choice on its way."""
+
+    candidate: Candidate
+    done: Attempt | None = None
+    latency: Latency | None = None
+
+
+def choose_one(
+    recipe: Recipe,
+    model: Model,
+    setting: Setting,
+    *,
+    objective: Objective,
+    min_sqnr: float | None,
+    has_data: bool,
+) -> Selected:
+    """Run all recipes that the recipe chooses from, each on a copy, and take the best.
+
+    Where the target is another machine nothing is timed, and the order of the recipes counts.
+
+    Raises BudgetError when none of them loses little enough and is not slower than the original.
+    """
+    budget = BUDGET if min_sqnr is None else min_sqnr
+    tries = _tried(recipe, model, setting, has_data=has_data)
+    for one in tries:
+        one.candidate = judged(one.candidate, budget)
+    _time(tries, setting, SECONDS)
+    if not any(one.candidate.is_open for one in tries):  # other work on the machine, maybe
+        for one in tries:
+            if one.candidate.verdict == SLOWER:
+                one.candidate = replace(one.candidate, verdict="")
+        if not setting.allow_unchanged:
+            _time(tries, setting, 2 * SECONDS)
+    best = choose([one.candidate for one in tries], objective)
+    if best is None:
+        raise _none_of(recipe, tries, setting, budget)
+    done, latency = tries[best].done, tries[best].latency
+    assert done is not None
+    told = [one.candidate for one in tries]
+    told[best] = replace(told[best], verdict="chosen")
+    return Selected(done, latency, tuple(told))
+
+
+def _tried(recipe: Recipe, model: Model, setting: Setting, *, has_data: bool) -> list[_Try]:
+    """A result of each recipe, or why there is none; what all begin with is done once."""
+    tries, planned = [], {}
+    for one in recipe.choose:
+        verdict = ""
+        if wants(one, "samples") and not has_data:
+            verdict = NEEDS_DATA
+        else:
+            try:
+                planned[one.name] = _planned(one, setting)
+            except RecipeError as e:
+                verdict = str(e)
+        tries.append(_Try(Candidate(one.name, verdict=verdict)))
+    shared = _common(list(planned.values()))
+    notes = _rewrite(model, shared, setting)
+    seen: dict[str, str] = {}
+    for one, this in zip(recipe.choose, tries, strict=True):
+        if this.candidate.is_open:
+            copy = model.copy()
+            added = _rewrite(copy, planned[one.name][len(shared) :], setting)
+            this.candidate = _first_of_its_kind(this.candidate, copy, seen)
+            if this.candidate.is_open:
+                _judge(this, one, copy, [*notes, *added], setting)
+    return tries
+
+
+def _rewrite(model: Model, passes: Sequence[Pass], setting: Setting) -> list[Note]:
+    return [note for pass_ in passes for note in setting.job.run(pass_, model)]
+
+
+def _first_of_its_kind(candidate: Candidate, model: Model, seen: dict[str, str]) -> Candidate:
+    """The candidate, closed if an earlier one came to the same model."""
+    earlier = seen.setdefault(fingerprint(model), candidate.recipe)
+    same = earlier != candidate.recipe
+    return replace(candidate, verdict=f"the same as {earlier}") if same else candidate
+
+
+def _judge(
+    this: _Try, recipe: Recipe, model: Model, notes: Sequence[Note], setting: Setting
+) -> None:
+    try:
+        this.done = done = attempt(recipe, model, notes, setting)
+    except BudgetError as e:
+        this.candidate = replace(this.candidate, verdict=str(e))
+        return
+    this.candidate = replace(
+        this.candidate,
+        size_bytes=size_of(model, model),
+        sqnr_db=done.fidelity.sqnr_db if done.fidelity else None,
+    )
+
+
+def _planned(recipe: Recipe, setting: Setting) -> tuple[Pass, ...]:
+    return plan(
+        recipe, setting.target, setting.fitting, calibration=setting.calibration,
+        progress=setting.job.sample_progress(len(setting.fitting)),
+    ).passes  # fmt: skip
+
+
+def _common(pipelines: Sequence[tuple[Pass, ...]]) -> tuple[Pass, ...]:
+    """The passes that all pipelines begin with."""
+
+    def equal() -> Iterator[Pass]:
+        for first, *others in zip(*pipelines, strict=False):
+            if any(other != first for other in others):
+                return
+            yield first
+
+    return tuple(equal())
+
+
+def _time(tries: Sequence[_Try], setting: Setting, seconds: float) -> None:
+    for this in tries:
+        if this.candidate.is_open and this.done is not None:
+            this.latency = _timed(this.done.model, setting, seconds)
+            ratio = this.latency.ratio if this.latency else None
+            this.candidate = judged(replace(this.candidate, time_ratio=ratio), float("-inf"))
+
+
+def _timed(model: Model, setting: Setting, seconds: float) -> Latency | None:
+    """Time against the original, where the target's machine is of this one's kind."""
+    if not len(setting.held) or platform.machine() not in setting.target.machines:
+        return None
+    with setting.job.stage("time"):
+        return runtime.latency(setting.original, model, setting.feed, seconds=seconds)
+
+
+def _none_of(
+    recipe: Recipe, tries: Sequence[_Try], setting: Setting, min_sqnr: float
+) -> BudgetError:
+    """Why none will do; of those that lose too much, the layers to blame in the best."""
+    reasons = list(dict.fromkeys(one.candidate.verdict for one in tries))
+    if all(reason.startswith(NOTHING) or reason == NEEDS_DATA for reason in reasons):
+        hint = "; with --data more can be tried" if NEEDS_DATA in reasons else ""
+        return BudgetError(next(r for r in reasons if r != NEEDS_DATA) + hint)
+    told = "; ".join(f"{one.candidate.recipe}: {one.candidate.told()}" for one in tries)
+    lossy = [one for one in tries if one.done and one.candidate.verdict != SLOWER]
+    if not lossy:
+        return BudgetError(f"nothing that {recipe.name} tried will do, nothing was written: {told}")
+    best = max(lossy, key=lambda one: one.candidate.sqnr_db or 0.0)
+    assert best.done is not None
+    reached = best.candidate.sqnr_db or 0.0
+    blamed = missed(setting.original, best.done.model, setting.held, reached, min_sqnr)
+    return BudgetError(f"{blamed} ({told})")

@@ -1,0 +1,105 @@
+"""Options of a recipe's passes that a caller sets, and overrides for single layers.
+
+A setting goes to every pass of the recipe that has an option of that name. In quantize_static
+`range` has always been that of activations: there the setting `range` is its `weight_range`, as
+everywhere else `range` is about weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from onnxq.errors import RecipeError
+from onnxq.layers import Layers
+from onnxq.options import options_of
+from onnxq.plugins import find_pass
+from onnxq.recipes import Recipe, load_recipe, names
+
+# (pass, setting) -> the pass's option, where that has another name.
+ALIASES = {
+    ("quantize_static", "range"): "weight_range",
+    ("quantize_static", "activation_range"): "range",
+    ("quantize_weights", "weights"): "format",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What to change of a recipe's options; None: nothing. The names are those of the flags.
+
+    weights, activations: formats (int4, int8, int16 ...); activations are those with fixed ranges.
+    granularity: one scale a tensor, channel or group; group_size: values of a group. symmetric: no
+    zero points in weights. range, activation_range: how ranges of weights, of activations are
+    chosen. bias: int32 or float. encoding: how weights are written (auto, compute or storage).
+    """
+
+    weights: str | None = None
+    activations: str | None = None
+    granularity: str | None = None
+    group_size: int | None = None
+    symmetric: bool | None = None
+    range: str | None = None
+    activation_range: str | None = None
+    bias: str | None = None
+    encoding: str | None = None
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """Those that are set."""
+        return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
+
+
+def configured(recipe: Recipe, settings: Settings | None, layers: Sequence[str] = ()) -> Recipe:
+    """The recipe with settings, and overrides behind its own; of a choice, what takes them all.
+
+    Raises RecipeError for a setting that none of its passes has, and overrides that are none.
+    """
+    given = {} if settings is None else settings.given
+    if isinstance(layers, str):
+        layers = (layers,)
+    Layers.parse(layers)
+    wanted = dict.fromkeys([*given, *(["layers"] if layers else [])])
+    for setting in wanted:
+        if not any(_takers(one, setting) for one in recipe.candidates):
+            raise RecipeError(_nobody(recipe, setting))
+    fitting = tuple(one for one in recipe.candidates if all(_takers(one, s) for s in wanted))
+    if not fitting:
+        flags = ", ".join(map(_flag, wanted))
+        raise RecipeError(f"none of what {recipe.name} chooses from takes all of {flags}")
+    if recipe.choose:
+        return replace(recipe, choose=tuple(_with(one, given, layers) for one in fitting))
+    return _with(recipe, given, layers)
+
+
+def _with(recipe: Recipe, given: Mapping[str, Any], layers: Sequence[str]) -> Recipe:
+    options = {name: dict(chosen) for name, chosen in recipe.options.items()}
+    for setting, value in given.items():
+        for name, option in _takers(recipe, setting).items():
+            options.setdefault(name, {})[option] = value
+    for name in _takers(recipe, "layers") if layers else ():
+        own = options.setdefault(name, {})
+        own["layers"] = [*own.get("layers", ()), *layers]
+    return replace(recipe, options=options)
+
+
+def _takers(recipe: Recipe, setting: str) -> dict[str, str]:
+    """The recipe's passes that have the setting, with the name of their option."""
+    found = {}
+    for name in dict.fromkeys(recipe.passes):
+        option = ALIASES.get((name, setting), setting)
+        if any(known.name == option for known in options_of(find_pass(name))):
+            found[name] = option
+    return found
+
+
+def _nobody(recipe: Recipe, setting: str) -> str:
+    others = [
+        name for name in names() if any(_takers(r, setting) for r in load_recipe(name).candidates)
+    ]
+    return f"recipe {recipe.name} has no pass that takes {_flag(setting)}: use {', '.join(others)}"
+
+
+def _flag(setting: str) -> str:
+    return "--layer" if setting == "layers" else "--" + setting.replace("_", "-")
