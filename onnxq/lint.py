@@ -17,6 +17,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from onnxq.conformance import Conformance, Finding
+from onnxq.graphs import op_type_of
 from onnxq.model import Model, producer, values_of
 from onnxq.numerics.saturation import excess
 from onnxq.operands import Operand, clamp_behind, dequantized, operand, parameters, results, roles
@@ -29,7 +30,6 @@ from onnxq.passes.ops import (
     weight_axis,
 )
 from onnxq.schemes import FORMATS, PerChannel, QuantScheme
-from onnxq.serialization import op_type_of
 from onnxq.targets import Target, load_target
 
 INTEGER_OPS = frozenset(
