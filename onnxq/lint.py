@@ -20,11 +20,20 @@ from onnxq.conformance import Conformance, Finding
 from onnxq.graphs import op_type_of
 from onnxq.model import Model, producer, values_of
 from onnxq.numerics.saturation import excess
-from onnxq.operands import Operand, clamp_behind, dequantized, operand, parameters, results, roles
+from onnxq.operands import (
+    DYNAMIC,
+    Operand,
+    clamp_behind,
+    dequantized,
+    dynamic_rows,
+    operand,
+    parameters,
+    results,
+    roles,
+)
 from onnxq.passes.ops import (
     OPS,
     activation_inputs,
-    conv_rows,
     is_constant,
     kernel_rows,
     weight_axis,
@@ -42,13 +51,6 @@ OPERANDS: dict[str, tuple[tuple[str, int, int, int], ...]] = {
     "QLinearMatMul": (("activations", 0, 1, 2), ("weights", 3, 4, 5), ("activations", -1, 6, 7)),
 }
 LAYER = {"QLinearConv": "Conv", "QLinearMatMul": "MatMul"}
-# Operators on activations that are quantized at run time: where their weights end.
-DYNAMIC = {
-    "MatMulInteger": 2,
-    "ConvInteger": 2,
-    "DynamicQuantizeMatMul": 2,
-    "DynamicQuantizeLSTM": 3,
-}
 # What weights in few bits are unpacked with when a model is loaded.
 UNPACKING = ("Cast", "Sub", "Mul", "Gather", "Reshape", "Slice", "Transpose")
 FLOATS = ("float16", "bfloat16", "float32", "float64")
@@ -389,7 +391,7 @@ class _Lint:
             yield self.found("integer_operators", node, text)
             return
         if self.target.saturates and node.op in DYNAMIC:
-            yield from self.saturating(node, list(_dynamic_rows(node)))
+            yield from self.saturating(node, list(dynamic_rows(node)))
         for role, x, s, z in OPERANDS.get(node.op, ()):
             tensor = node.outputs[0] if x < 0 else node.inputs[x]
             params = parameters(node.inputs[s], node.inputs[z], node)
@@ -402,18 +404,6 @@ class _Lint:
                 yield from self.activation(of)
         if node.op == "QLinearConv" and self.target.bias == "float" and len(node.inputs) > 8:
             yield self.found("bias", node, "a bias in int32: it must be float")
-
-
-def _dynamic_rows(node: gs.Node) -> Iterator[NDArray[Any]]:
-    """The int8 weights that uint8 activations of run time are multiplied with, as [K, N]."""
-    for tensor in node.inputs[1 : DYNAMIC[node.op]]:
-        values = values_of(tensor)
-        if values is None or values.dtype != np.int8:
-            continue
-        if node.op == "ConvInteger":
-            yield from conv_rows(values, node.attrs.get("group", 1))
-        else:
-            yield from values.reshape(-1, *values.shape[-2:])
 
 
 __all__ = ["Conformance", "Finding", "check", "conformance"]
