@@ -9,7 +9,7 @@ import onnx_graphsurgeon as gs
 
 from onnxq.model import Model, producer
 from onnxq.passes.ops import OPS
-from onnxq.passes.work import RECURRENT, Shapes, macs
+from onnxq.passes.work import INTEGER, RECURRENT, Shapes, macs
 
 # What reads integers that a Cast has made of others.
 UNPACKING = ("Mul", "Sub", "DequantizeLinear")
@@ -91,7 +91,7 @@ def _stored(tensor: gs.Constant) -> bool | None:
         node = todo.pop()
         if node.op == "DequantizeLinear" and node.inputs[0].dtype == tensor.dtype:
             return True
-        if node.op.startswith(("QLinear", "MatMulInteger", "ConvInteger")):
+        if node.op in INTEGER or node.op.startswith("QLinear"):
             return True
         if node.op == "Cast" and any(
             r.op in UNPACKING and (r.op != "Sub" or r.inputs[0] is node.outputs[0])

@@ -21,7 +21,8 @@ from onnxq.validation import layer_fidelity
 LAYERS_SAMPLES = 2
 INTEGER = frozenset(
     "QLinearConv QLinearMatMul ConvInteger MatMulInteger QGemm QAttention MatMulNBits "
-    "QLinearAdd QLinearMul DynamicQuantizeLSTM DequantizeLinear".split()
+    "QLinearAdd QLinearMul DynamicQuantizeLSTM DynamicQuantizeMatMul MatMulIntegerToFloat "
+    "DequantizeLinear".split()
 )
 """Operators that only a quantized model has."""
 NOTHING = "nothing was quantized"

@@ -8,18 +8,36 @@ the target's kernel wants that, what it writes goes into QuantizeLinear. Operato
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
 
 from onnxq.conformance import Conformance, Finding
 from onnxq.graphs import op_type_of
 from onnxq.model import Model, producer, values_of
 from onnxq.numerics.saturation import excess
-from onnxq.operands import Operand, clamp_behind, dequantized, operand, parameters, results, roles
-from onnxq.passes.ops import OPS, activation_inputs, is_constant, kernel_rows, weight_axis
+from onnxq.operands import (
+    DYNAMIC,
+    Operand,
+    clamp_behind,
+    dequantized,
+    dynamic_rows,
+    operand,
+    parameters,
+    results,
+    roles,
+)
+from onnxq.passes.ops import (
+    OPS,
+    activation_inputs,
+    is_constant,
+    kernel_rows,
+    weight_axis,
+)
 from onnxq.schemes import FORMATS, PerChannel, QuantScheme
 from onnxq.targets import Target, load_target
 
@@ -227,7 +245,11 @@ class _Lint:
         if x is None or w is None or w.values is None or (x.format, w.format) != ("uint8", "int8"):
             return
         rows = kernel_rows(node, w.values)
-        count = 0 if rows is None else sum(int((excess(r) > 1).any(0).sum()) for r in rows)
+        yield from self.saturating(node, () if rows is None else tuple(rows))
+
+    def saturating(self, node: gs.Node, rows: Sequence[NDArray[Any]]) -> Iterator[Finding]:
+        """Channels of int8 weights, matrices [K, N], in which a pair can exceed 16 bits."""
+        count = sum(int((excess(r) > 1).any(0).sum()) for r in rows)
         if count:
             text = f"sums of pairs exceed 16 bits in {count} channels, and saturate"
             yield self.found("saturates", node, text)
@@ -368,6 +390,8 @@ class _Lint:
             text = f"{self.target.name} does not read {node.op}: use Q/DQ form"
             yield self.found("integer_operators", node, text)
             return
+        if self.target.saturates and node.op in DYNAMIC:
+            yield from self.saturating(node, list(dynamic_rows(node)))
         for role, x, s, z in OPERANDS.get(node.op, ()):
             tensor = node.outputs[0] if x < 0 else node.inputs[x]
             params = parameters(node.inputs[s], node.inputs[z], node)

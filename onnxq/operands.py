@@ -11,8 +11,16 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from onnxq.model import Model, producer, readers, values_of
-from onnxq.passes.ops import OPS
+from onnxq.passes.ops import OPS, conv_rows
 from onnxq.schemes import QParams
+
+# Operators on activations that are quantized at run time: where their weights end.
+DYNAMIC = {
+    "MatMulInteger": 2,
+    "ConvInteger": 2,
+    "DynamicQuantizeMatMul": 2,
+    "DynamicQuantizeLSTM": 3,
+}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -131,3 +139,15 @@ def roles(node: gs.Node) -> Iterator[tuple[str, gs.Node, int]]:
         else:
             is_weight = i == spec.weight or (reader.op == "MatMul" and i < 2)
             yield "weights" if is_weight else "constant", reader, i
+
+
+def dynamic_rows(node: gs.Node) -> Iterator[NDArray[Any]]:
+    """The int8 weights that uint8 activations of run time are multiplied with, as [K, N]."""
+    for tensor in node.inputs[1 : DYNAMIC[node.op]]:
+        values = values_of(tensor)
+        if values is None or values.dtype != np.int8:
+            continue
+        if node.op == "ConvInteger":
+            yield from conv_rows(values, node.attrs.get("group", 1))
+        else:
+            yield from values.reshape(-1, *values.shape[-2:])

@@ -144,7 +144,7 @@ ROUNDS = 100  # more are not needed
 
 @dataclass(frozen=True, slots=True)
 class Latency:
-    """Milliseconds of one run with one thread, original and result, timed in alternation.
+    """Milliseconds of one run, original and result, timed in alternation.
 
     20th percentiles of processor time, since other work on a machine only ever adds to it.
     """
@@ -159,15 +159,20 @@ class Latency:
 
 
 def latency(
-    original: Source, result: Source, feed: Mapping[str, NDArray[Any]], *, seconds: float = 3.0
+    original: Source,
+    result: Source,
+    feed: Mapping[str, NDArray[Any]],
+    *,
+    seconds: float = 3.0,
+    threads: int = 1,
 ) -> Latency:
-    """Time both models on one sample, in turn, for about `seconds` and one thread.
+    """Time both models on one sample, in turn, for about `seconds`.
 
     Models that run for less than 4 ms are run several times for each reading of the clock. Each
     model is run at least three times, the first one not counted, however long that takes.
     Raises ModelError for a model that onnxruntime does not take or that does not run.
     """
-    runs = [_runner(session(model, threads=1), feed) for model in (original, result)]
+    runs = [_runner(session(model, threads=threads), feed) for model in (original, result)]
     once = [_seconds(run, 1) for run in runs]
     inner = [max(1, math.ceil(CHUNK / max(s, 1e-6))) for s in once]
     times: tuple[list[float], list[float]] = ([], [])

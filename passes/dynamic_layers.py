@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -50,8 +50,10 @@ class Packed:
 class Editor:
     """Writes the layers; holds what several of them share."""
 
-    def __init__(self, model: Model, *, saturates: bool) -> None:
-        self.model, self.saturates = model, saturates
+    def __init__(
+        self, model: Model, weight_range: Literal["minmax", "mse"], *, saturates: bool
+    ) -> None:
+        self.model, self.weight_range, self.saturates = model, weight_range, saturates
         self.quantized: dict[tuple[int, int, bool], list[gs.Tensor]] = {}
         self.packed: dict[tuple[Any, ...], Packed] = {}
 
@@ -276,7 +278,7 @@ class Editor:
 
         rows: [groups, K, N] as the kernel sums them (see `numerics.saturation`).
         """
-        q, params = quantize_weight(values, scheme, axis)
+        q, params = quantize_weight(values, scheme, axis, self.weight_range)
         if not self.saturates or rows is None or scheme.format != "int8":
             return q, params, 0
         if params.axis is None:

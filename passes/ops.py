@@ -128,13 +128,18 @@ def kernel_rows(node: gs.Node, values: NDArray[Any]) -> NDArray[Any] | None:
         group = node.attrs.get("group", 1)
         if group > 1 and values.shape[1] == 1 and values.shape[0] == group:
             return None
-        rows = np.moveaxis(values, 1, -1).reshape(group, values.shape[0] // group, -1)
-        return np.asarray(np.swapaxes(rows, 1, 2))
+        return conv_rows(values, group)
     if node.op == "Gemm":
         return np.asarray(values.T if node.attrs.get("transB", 0) else values)[None]
     if node.op == "MatMul" and values.ndim == 2 and weight_input(node) in (1, None):
         return values[None]
     return None
+
+
+def conv_rows(values: NDArray[Any], group: int) -> NDArray[Any]:
+    """A convolution's weight as [groups, K, N], channels fastest, then kernel positions."""
+    rows = np.moveaxis(values, 1, -1).reshape(group, values.shape[0] // group, -1)
+    return np.asarray(np.swapaxes(rows, 1, 2))
 
 
 def activation_inputs(node: gs.Node) -> list[int]:

@@ -39,14 +39,15 @@ GUESSED = 64  # what free axes but the first are taken for: what synthetic sampl
 class QuantizeDynamic:
     """Layers with constant weights where the target has a kernel and it pays; in bodies too.
 
-    range: of what a range is taken at run time: a whole input, or each row of a MatMul's or Gemm's
-    (a token's values, say), which is closer where rows differ, and slower. layers: overrides, see
-    `onnxq.layers`. shapes: of one sample's inputs by name, to know sizes; free axes count as 1 (the
-    first) or 64 without.
+    per_row: whether each row of a MatMul's or Gemm's input (a token's values, say) has a range of
+    its own, which is closer where rows differ, and slower. weight_range: how scales of weights are
+    chosen. layers: overrides, see `onnxq.layers`. shapes: of one sample's inputs by name, to know
+    sizes; free axes count as 1 (the first) or 64 without.
     """
 
     target: Target
-    range: Literal["tensor", "row"] = "tensor"
+    per_row: bool = False
+    weight_range: Literal["minmax", "mse"] = "minmax"
     layers: tuple[str, ...] = ()
     shapes: Mapping[str, Sequence[int]] | None = None
 
@@ -73,7 +74,7 @@ class QuantizeDynamic:
         shapes, free = model.shapes_for(inputs), _free(model, inputs)
         asked = Layers.parse(self.layers).choices(model)
         floats = {id(node): reason for node, reason in front_ends(model)}
-        editor = Editor(model, saturates=self.target.saturates)
+        editor = Editor(model, self.weight_range, saturates=self.target.saturates)
         notes = []
         for node in model.nodes(*LAYERS):
             if _is_quantized(node):
@@ -89,7 +90,7 @@ class QuantizeDynamic:
                 notes.append(Note(NAME, node.name, str(reason), changed=False))
                 continue
             text = f"{node.op}: activations quantized at run time, {rule.weights.format} weights"
-            if raised := editor.rewrite(node, rule, rows=self.range == "row"):
+            if raised := editor.rewrite(node, rule, rows=self.per_row):
                 text += f", scales of {raised} channels raised to keep sums of pairs in 16 bits"
             notes.append(Note(NAME, node.name, text))
         if any(note.changed for note in notes):
@@ -113,7 +114,7 @@ class QuantizeDynamic:
         if rule.floats is None or rule.integers is None:
             return
         in_integers = rule.integers.ns(made)
-        if self.range == "row":
+        if self.per_row:
             in_integers += rule.rowwise.ns(made)
         if in_integers > WORTH * rule.floats.ns(made):
             largest = max(made, key=lambda p: p.depth * p.columns)

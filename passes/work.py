@@ -12,6 +12,14 @@ from onnxq.passes.ops import OPS
 
 Shapes = Mapping[str, Sequence[int]]
 RECURRENT = ("LSTM", "GRU", "RNN")
+# Operators on integers, and the float layers that they stand for.
+INTEGER = {
+    "ConvInteger": "Conv",
+    "DynamicQuantizeLSTM": "LSTM",
+    "MatMulInteger": "MatMul",
+    "QLinearConv": "Conv",
+    "QLinearMatMul": "MatMul",
+}
 
 
 def macs(model: Model, shapes: Shapes | None = None) -> dict[int, float]:
@@ -22,22 +30,26 @@ def macs(model: Model, shapes: Shapes | None = None) -> dict[int, float]:
     """
     known = shapes or {}
     return {
-        id(node): _size(_shape(node.outputs[0], known)) * products(node, known)
+        id(node): _work(node, known)
         for node in model.nodes()
-        if node.op in RECURRENT or (node.op in OPS and OPS[node.op].role == "linear")
+        if node.op in (*RECURRENT, *INTEGER) or (node.op in OPS and OPS[node.op].role == "linear")
     }
 
 
+def _work(node: gs.Node, shapes: Shapes) -> float:
+    if INTEGER.get(node.op, node.op) in RECURRENT:  # each weight once a step and sequence
+        weights = sum(_size(_shape(tensor, shapes)) for tensor in node.inputs[1:3])
+        return _size(_shape(node.inputs[0], shapes)[:2]) * weights
+    return _size(_shape(node.outputs[0], shapes)) * products(node, shapes)
+
+
 def products(node: gs.Node, shapes: Shapes) -> float:
-    """Multiply-accumulates for each element of the layer's (first) output."""
-    weight = _shape(node.inputs[1], shapes)
-    if node.op in RECURRENT:  # W is [directions, gates, inputs], R is [directions, gates, hidden]
-        recurrence = _shape(node.inputs[2], shapes)
-        hidden = _size(recurrence[-1:])
-        return (_size(weight[1:]) + _size(recurrence[1:])) / hidden
-    if node.op == "Conv":
+    """Multiply-accumulates for each element of the layer's output."""
+    op = INTEGER.get(node.op, node.op)
+    weight = _shape(node.inputs[3 if node.op.startswith("QLinear") else 1], shapes)
+    if op == "Conv":
         return _size(weight[1:])
-    if node.op == "ConvTranspose":
+    if op == "ConvTranspose":
         pixels = _size(_shape(node.inputs[0], shapes)[2:]) / _size(
             _shape(node.outputs[0], shapes)[2:]
         )
@@ -45,7 +57,7 @@ def products(node: gs.Node, shapes: Shapes) -> float:
     left = _shape(node.inputs[0], shapes)
     if not left:
         return 1.0
-    return _size([left[0] if node.op == "Gemm" and node.attrs.get("transA", 0) else left[-1]])
+    return _size([left[0] if op == "Gemm" and node.attrs.get("transA", 0) else left[-1]])
 
 
 def _shape(tensor: gs.Tensor, shapes: Shapes) -> list[int | str]:
