@@ -80,11 +80,11 @@ def is_integer(node: gs.Node) -> bool:
 
 
 def _stored(tensor: gs.Constant) -> bool | None:
-    """True: integers that are dequantized; False: floats; None: neither is a weight."""
+    """True: integers or float8 that are dequantized; False: floats; None: neither is a weight."""
     name = str(tensor.dtype)
-    if "float" in name:
+    if "float" in name and not name.startswith("float8"):
         return False
-    if "int" not in name:
+    if "int" not in name and "float8" not in name:
         return None
     todo = list(tensor.outputs)
     while todo:
@@ -93,7 +93,10 @@ def _stored(tensor: gs.Constant) -> bool | None:
             return True
         if node.op.startswith(("QLinear", "MatMulInteger", "ConvInteger")):
             return True
-        if node.op == "Cast" and any(r.op in UNPACKING for r in node.outputs[0].outputs):
+        if node.op == "Cast" and any(
+            r.op in UNPACKING and (r.op != "Sub" or r.inputs[0] is node.outputs[0])
+            for r in node.outputs[0].outputs
+        ):
             return True
         if node.op in ("Gather", "Transpose", "Reshape"):
             todo += [reader for out in node.outputs for reader in out.outputs]

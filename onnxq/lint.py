@@ -33,6 +33,8 @@ OPERANDS: dict[str, tuple[tuple[str, int, int, int], ...]] = {
     "QLinearMatMul": (("activations", 0, 1, 2), ("weights", 3, 4, 5), ("activations", -1, 6, 7)),
 }
 LAYER = {"QLinearConv": "Conv", "QLinearMatMul": "MatMul"}
+# What weights in few bits are unpacked with when a model is loaded.
+UNPACKING = ("Cast", "Sub", "Mul", "Gather", "Reshape", "Slice", "Transpose")
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 # How far a bias's scale may be from s_x s_w: float32 products are rounded.
 SAME_SCALE = 1e-5
@@ -114,14 +116,18 @@ class _Lint:
         elif not domain and not onnx.defs.has(node.op):
             yield self.found("domains", node, "ONNX has no such operator")
         if (
-            not self.target.stored_weights
-            and node.op == "Cast"
+            node.op == "Cast"
             and is_constant(node.inputs[0])
-            and "int" in str(node.inputs[0].dtype)
+            and (format := str(node.inputs[0].dtype).replace("_", "")) in FORMATS
             and str(node.outputs[0].dtype) in FLOATS
         ):
-            text = "a weight is unpacked by Cast: the target does not compute that at load"
-            yield self.found("stored_weights", node, text)
+            allowed = self.target.stored_formats
+            if not self.target.stored_weights:
+                text = "a weight is unpacked by Cast: the target does not compute that at load"
+                yield self.found("stored_weights", node, text)
+            elif allowed and format not in allowed:
+                text = f"a weight is stored as {format}, not as {', '.join(allowed)}"
+                yield self.found("stored_formats", node, text)
 
     # Which form a node has.
 
@@ -152,10 +158,7 @@ class _Lint:
     def is_folded(self, node: gs.Node) -> bool:
         """Whether it computes a constant: Mul(Cast(integers), scale) and the like."""
         sources = [producer(t) for t in node.inputs if t.name and not is_constant(t)]
-        return all(
-            s is not None and s.op in ("Cast", "Sub", "Mul", "Gather") and self.is_folded(s)
-            for s in sources
-        )
+        return all(s is not None and s.op in UNPACKING and self.is_folded(s) for s in sources)
 
     def why_float(self, node: gs.Node) -> str | None:
         """Why the target runs the node in floats; None: it runs in integers."""
@@ -252,9 +255,34 @@ class _Lint:
             if role == "bias":
                 yield from self.bias(of, reader)
             elif role == "weights":
-                yield from self.weight(of, reader.op, weight_axis(reader, i))
+                if self.has_kernel(reader, i):
+                    yield from self.kernel(of, reader)
+                else:
+                    yield from self.weight(of, reader.op, weight_axis(reader, i))
             elif reader.op in self.target.operators and of.format not in constants:
                 yield self.found("activations", node, f"a constant in {of.format}")
+
+    def has_kernel(self, reader: gs.Node, index: int) -> bool:
+        """Whether floats are multiplied with integer weights there."""
+        kernels = self.target.weight_kernels
+        if kernels is None or reader.op not in kernels.operators or index != 1:
+            return False
+        return dequantized(reader.inputs[0]) is None
+
+    def kernel(self, of: Operand, reader: gs.Node) -> Iterator[Finding]:
+        kernels, rule, op = self.target.weight_kernels, "weight_kernels", reader.op
+        assert kernels is not None
+        size = int(of.node.attrs.get("block_size", 0))
+        if of.format not in kernels.formats:
+            listed = ", ".join(kernels.formats)
+            yield self.found(rule, of.node, f"weights of {op} in {of.format}, not in {listed}")
+        if of.blocked and size not in kernels.groups:
+            yield self.found(rule, of.node, f"weights of {op} in groups of {size}: no kernel")
+        if not of.blocked and not kernels.channels:
+            yield self.found(rule, of.node, f"weights of {op} must have scales of groups")
+        zero = values_of(of.node.inputs[2]) if len(of.node.inputs) > 2 else None
+        if kernels.symmetric and zero is not None and np.any(zero.astype(np.int32)):
+            yield self.found(rule, of.node, f"weights of {op} must have no zero points")
 
     def activation(self, of: Operand) -> Iterator[Finding]:
         target, rule = self.target, "activations"

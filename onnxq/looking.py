@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 
-import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnxq.coverage import coverage
@@ -22,6 +21,7 @@ from onnxq.sampling import samples_for
 from onnxq.targets import load_target
 from onnxq.validation import compare as compare_outputs
 from onnxq.validation import layer_fidelity
+from onnxq.weights import bytes_in
 
 
 def inspect(model: ModelLike, *, target: str = "ort-cpu") -> Inspection:
@@ -42,7 +42,7 @@ def inspect(model: ModelLike, *, target: str = "ort-cpu") -> Inspection:
             if isinstance(tensor, gs.Constant):
                 count = math.prod(tensor.shape)
                 parameters += count
-                sizes[str(tensor.dtype)] += count * getattr(np.dtype(tensor.dtype), "itemsize", 1)
+                sizes[str(tensor.dtype)] += bytes_in(tensor)
     return Inspection(
         model=name_of(model),
         target=aim.name,

@@ -19,7 +19,7 @@ from onnxq.model import Model
 from onnxq.ortformat import check_name, write_ort
 from onnxq.plausibility import doubts
 from onnxq.preconditions import blames_the_model, check_output, require_budget, require_outputs
-from onnxq.recipes import load_recipe, wants
+from onnxq.recipes import load_recipe, plan, wants
 from onnxq.report import Report
 from onnxq.sampling import NO_SAMPLES, samples_for, samples_to_compare, split
 from onnxq.selection import choose_one, run_one
@@ -69,9 +69,10 @@ def optimize(
     require_budget(min_sqnr, validate=validate)
     job, written = Job(progress), None if dry_run else output
     with job.stage("load"):
+        chosen, aim = configured(load_recipe(recipe), settings, layers), load_target(target)
+        plan(chosen, aim, None)  # what cannot be is refused before the model is read
         original = model if isinstance(model, str | os.PathLike) else load(model).copy()
         edited = load(original).copy() if isinstance(original, Model) else load(original)
-        chosen, aim = configured(load_recipe(recipe), settings, layers), load_target(target)
         if chosen.choose and validate is False:
             raise RecipeError(
                 f"{chosen.name} has to compare what it chooses from: no --no-validate"

@@ -73,7 +73,9 @@ def _convolution_ns(node: gs.Node, costs: Costs, k: float) -> tuple[float, float
         wide = max(channels, costs.output_lanes)
     a_channel = rate.integer_element + rate.integer_mac * k
     a_position = rate.tap * taps + rate.patch * k
-    return in_floats, (a_channel * wide + a_position) / (channels if is_depthwise or group == 1 else channels / group)
+    return in_floats, (a_channel * wide + a_position) / (
+        channels if is_depthwise or group == 1 else channels / group
+    )
 
 
 def rounded_up(count: int, step: int) -> int:

@@ -12,7 +12,7 @@ float16 weights are unpacked in float32 and cast back: scales below 6e-5 would l
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from onnxq.model import Model
 from onnxq.passes.layouts import Held
-from onnxq.schemes import QParams
+from onnxq.schemes import PerGroup, QParams, QuantScheme
 
 Encoding = Literal["storage", "compute"]
 
@@ -67,6 +67,18 @@ def opset_for(format: str, encoding: Encoding, *, groups: bool, channels: bool =
     else:
         plain = BLOCKS_SINCE if groups else AXIS_SINCE if channels else 10
     return max(plain, CAST_SINCE.get(format, 0))
+
+
+def evened(scheme: QuantScheme, held: Held) -> QuantScheme:
+    """The scheme with groups of even size, where the last one would be short.
+
+    Storage lays groups out whole: a short one would be filled up. No group grows by it.
+    """
+    size = scheme.group_size
+    if size is None or held.length % size == 0:
+        return scheme
+    groups = -(-held.length // size)
+    return replace(scheme, granularity=PerGroup(-(-held.length // groups), 1))
 
 
 def stored(model: Model, at: gs.Node | None, tensor: gs.Tensor, packed: Packed) -> gs.Tensor:

@@ -148,7 +148,7 @@ def _may_fold(model: Model, node: gs.Node) -> bool:
 def _is_packed(constant: gs.Constant) -> bool:
     """Whether the constant looks like a weight stored in few bits."""
     name = str(constant.dtype)
-    is_narrow = name.endswith(("int8", "int4", "int2")) or name.startswith("float8")
+    is_narrow = name.endswith(("int16", "int8", "int4", "int2")) or name.startswith("float8")
     return is_narrow and prod(constant.shape) >= WEIGHT
 
 

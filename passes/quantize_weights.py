@@ -30,6 +30,7 @@ from onnxq.passes.encodings import (
     Encoding,
     Packed,
     dequantized,
+    evened,
     opset_for,
     stored,
 )
@@ -38,9 +39,9 @@ from onnxq.passes.layouts import WEIGHTS, Held, held_by
 from onnxq.passes.ops import is_constant
 from onnxq.passes.sensitive import OUTPUT_SHARE, output_convolutions
 from onnxq.passes.weight_kernels import why_no_gain, why_no_kernel
+from onnxq.passes.work import RECURRENT
 from onnxq.schemes import (
     FORMATS,
-    FloatFormat,
     Granularity,
     Method,
     PerChannel,
@@ -137,20 +138,35 @@ class QuantizeWeights:
         return _Work(self, model).run()
 
     def _scheme(self, format: str) -> QuantScheme:
-        shared: dict[str, Granularity] = {
-            "tensor": PerTensor(), "channel": PerChannel(0), "group": PerGroup(self.group_size, 1),
-        }  # fmt: skip
-        other = format != self.format
-        is_float = isinstance(FORMATS.get(format), FloatFormat)
-        return QuantScheme(
-            format, shared[self.granularity],
-            symmetric=self.symmetric or (is_float and other),
-            levels=None if other else self.levels,
-        )  # fmt: skip
+        """How a format is used; groups and zero points are for the one asked for, and narrow ones.
 
-    def scheme(self, held: Held, choice: Choice | None) -> QuantScheme:
-        """How a weight is quantized: groups that would be longer than a channel are channels."""
-        scheme = self._scheme(choice.weights if choice and choice.weights else self.format)
+        A float8 has no zero point; 8 bits that a layer has instead do without.
+        """
+        own, numbers = format == self.format, FORMATS.get(format)
+        wide = not own and numbers is not None and numbers.bits >= 8
+        shared: dict[str, Granularity] = {
+            "tensor": PerTensor(),
+            "channel": PerChannel(0),
+            "group": PerChannel(0) if wide else PerGroup(self.group_size, 1),
+        }
+        return QuantScheme(
+            format,
+            shared[self.granularity],
+            symmetric=self.symmetric or wide,
+            levels=self.levels if own else None,
+        )
+
+    def scheme(self, node: gs.Node, held: Held, choice: Choice | None) -> QuantScheme:
+        """How a weight is quantized: groups that would be longer than a channel are channels.
+
+        What multiplies a recurrent state has at least 8 bits unless a layer's format is asked for:
+        its errors add up from step to step.
+        """
+        format = choice.weights if choice is not None and choice.weights else None
+        narrow = FORMATS[self.format].bits < 8
+        if format is None and narrow and node.op in RECURRENT and held.index == 2:
+            format = "int8"
+        scheme = self._scheme(format or self.format)
         if scheme.group_size is not None and held.length <= scheme.group_size:
             return replace(scheme, granularity=PerChannel(0))
         return scheme
@@ -218,7 +234,7 @@ class _Work:
                     continue
                 if len(held.shape) < 2 or prod(held.shape) < self.options.smallest:
                     continue
-                scheme = self.options.scheme(held, choice)
+                scheme = self.options.scheme(node, held, choice)
                 try:
                     jobs.append(self._planned(node, held, scheme))
                 except Skip as reason:
@@ -241,7 +257,8 @@ class _Work:
             raise Skip(f"{why}, and weights are not unpacked at load")
         if (old := self._too_old(scheme, "storage")) is not None:
             raise Skip(old)
-        return _Job(node, held, scheme, "storage", f" ({why})" if asked == "compute" else "")
+        remark = f" ({why})" if asked == "compute" else ""
+        return _Job(node, held, evened(scheme, held), "storage", remark)
 
     def _too_old(self, scheme: QuantScheme, encoding: Encoding) -> str | None:
         needed = opset_for(
@@ -275,7 +292,7 @@ class _Work:
                 if reader.op in MOVES and index == 0:
                     reader.inputs[0] = self.unpacked[key]
         ranges = "" if method == self.options.range else f", {method}: its input was not observed"
-        text = f"{node.op}: {_told(job)}, {job.encoding}{job.remark}{ranges}"
+        text = f"{_told(job)}, {job.encoding}{job.remark}{ranges}"
         self.notes.append(Note(NAME, node.name, text))
 
     def _packed(self, job: _Job, number: int, importance: Importance) -> tuple[Packed, Method]:

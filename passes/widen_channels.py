@@ -185,8 +185,7 @@ class _Net:
         return [
             n
             for n in tensor.outputs
-            if id(n) not in self.units
-            and not (n.op == "DequantizeLinear" and self.is_inside(n))
+            if id(n) not in self.units and not (n.op == "DequantizeLinear" and self.is_inside(n))
         ]
 
     def widen(self, group: _Group, channels: int, width: int) -> None:

@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 
 from onnxq.numerics import histograms
 from onnxq.numerics.metrics import sqnr_db
-from onnxq.numerics.ranges import DEAD, Density, search, weight_range
-from onnxq.schemes import PerChannel, QuantScheme, quantize_weight
+from onnxq.numerics.ranges import Density, search
+from onnxq.schemes import QuantScheme
 
 RNG = np.random.default_rng(7)
 NORMAL = RNG.normal(size=100_000).astype(np.float32)
@@ -116,46 +116,6 @@ def test_refuses_unknown_methods_and_no_data() -> None:
         search(Density.of(NORMAL), "kl")
     with pytest.raises(ValueError, match="no finite value"):
         Density.of_counts(histograms.NONE, np.inf, -np.inf)
-
-
-def test_weights_mse_beats_minmax_per_channel_and_channel_beats_tensor() -> None:
-    w = RNG.normal(size=(16, 4000)) * np.geomspace(0.01, 1, 16)[:, None]
-    w = w.astype(np.float32)
-    db = {}
-    for fmt in ("int8", "uint8"):
-        symmetric = fmt == "int8"
-        tensor = QuantScheme(fmt, symmetric=symmetric)
-        channel = QuantScheme(fmt, PerChannel(), symmetric=symmetric)
-        for name, scheme, method in (
-            ("tensor", tensor, "minmax"),
-            ("channel", channel, "minmax"),
-            ("channel mse", channel, "mse"),
-        ):
-            q, params = quantize_weight(w, scheme, 0, method)  # type: ignore[arg-type]
-            db[name] = sqnr_db(w, params.dequantize(q))
-        assert db["tensor"] < db["channel"] < db["channel mse"]
-
-
-def test_a_four_bit_weight_range_clips() -> None:
-    w = RNG.normal(size=(4, 1000))
-    lo, hi = weight_range(w, 0, "mse", bits=4)
-    assert (hi < np.abs(w).max(axis=1)).all()
-    np.testing.assert_array_equal(lo, -hi)
-
-
-def test_dead_channels_are_lifted() -> None:
-    w = np.array([[1, -2], [1e-30, 0], [0, 0]], np.float32)
-    lo, hi = weight_range(w, 0)
-    assert hi.tolist() == [2, 2 * DEAD, 2 * DEAD]
-    assert lo.tolist() == [-2, -2 * DEAD, -2 * DEAD]
-    lo, hi = weight_range(w, 0, symmetric=False)
-    assert lo.tolist() == [-2, 0, 0]
-    assert [float(v) for v in weight_range(np.zeros((2, 2)), None)] == [0, 0]
-
-
-def test_refuses_unknown_weight_methods() -> None:
-    with pytest.raises(ValueError, match="minmax or mse"):
-        weight_range(NORMAL, None, "entropy")
 
 
 floats = st.lists(st.floats(width=32), min_size=1, max_size=50)

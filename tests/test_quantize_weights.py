@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
+import onnx_graphsurgeon as gs
 import onnxruntime as ort
 import pytest
 from onnx import numpy_helper, parser
@@ -14,13 +17,15 @@ from onnxq import runtime
 from onnxq.model import Model
 from onnxq.numerics.metrics import sqnr_db
 from onnxq.passes import QuantizeWeights
-from onnxq.passes.layouts import WEIGHTS
+from onnxq.passes.encodings import evened
+from onnxq.passes.layouts import WEIGHTS, held_by
+from onnxq.schemes import quantize_weight
 from onnxq.synthetic import synthetic_samples
 
 SHAPES = {
-    "w": (16, 8, 3, 3), "wt": (8, 16, 3, 3), "m": (32, 48), "mt": (48, 32), "left": (24, 32),
+    "w": (16, 8, 3, 3), "wt": (8, 16, 3, 3), "m": (32, 48), "mt": (48, 32), "mt2": (48, 32), "left": (24, 32),
     "table": (40, 32), "lw": (1, 64, 32), "lr": (1, 64, 16), "gw": (1, 48, 32), "gr": (1, 48, 16),
-    "rw": (1, 16, 32), "rr": (1, 16, 16), "b": (48,),
+    "rw": (1, 16, 32), "rr": (1, 16, 16), "b": (48,), "bn": (16,), "row": (32,),
 }  # fmt: skip
 IMAGE, ROWS = "float[1, 8, 6, 6] x", "float[32, 32] x"
 SEQUENCE, STATES = "float[5, 1, 32] x", "float[a, b, c, d] y"
@@ -105,3 +110,175 @@ def test_what_is_left_alone() -> None:
     (weight,) = [n.inputs[1] for n in broken.nodes("MatMul")]
     weight.values = np.full((32, 48), np.nan, np.float32)
     assert "NaN" in QuantizeWeights()(broken)[0].text
+
+
+FORMS = [
+    pytest.param({"format": "int8"}, id="int8"),
+    pytest.param({"format": "uint8", "symmetric": False}, id="uint8"),
+    pytest.param({"format": "int16"}, id="int16"),
+    pytest.param({"format": "int4", "granularity": "group", "group_size": 16}, id="int4-group"),
+    pytest.param(
+        {"format": "uint4", "symmetric": False, "granularity": "group", "group_size": 19},
+        id="uint4-short-group",
+    ),
+    pytest.param({"format": "int4", "granularity": "tensor"}, id="int4-tensor"),
+    pytest.param(
+        {"format": "uint2", "symmetric": False, "granularity": "group", "group_size": 16},
+        id="uint2-group",
+    ),
+    pytest.param({"format": "int2"}, id="int2-channel"),
+    pytest.param({"format": "float8e4m3fn"}, id="e4m3"),
+    pytest.param({"format": "float8e5m2", "granularity": "group"}, id="e5m2-group"),
+    pytest.param({"format": "int8", "levels": 63, "range": "mse"}, id="levels"),
+    pytest.param({"format": "int4", "rounding": "stochastic", "seed": 3}, id="stochastic"),
+]  # fmt: skip
+UNPACKING = ("Cast", "Sub", "Mul", "Slice", "DequantizeLinear")
+
+
+@pytest.mark.parametrize("options", FORMS)
+@pytest.mark.parametrize("name", CASES)
+def test_formats_are_unpacked_at_load_and_exact(
+    name: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    """ONNX Runtime folds all of it, and computes what the integers and scales say."""
+    pass_ = QuantizeWeights(**options)
+    before = model(*CASES[name])
+    before.raise_opset(max(17, pass_.opset))
+    after = before.copy()
+    assert all(note.changed for note in pass_(after))
+    assert any(options["format"] in str(t.dtype).replace("_", "") for t in constants(after))
+    proto = after.to_proto()
+    onnx.checker.check_model(proto, full_check=True)
+    assert optimized(proto, tmp_path, *UNPACKING) == []
+    expected = before.copy()
+    for node in expected.nodes(*WEIGHTS):
+        for held in held_by(node):
+            weight = node.inputs[held.index]
+            if not isinstance(weight, gs.Constant) or prod(held.shape) < 512:
+                continue
+            scheme = evened(pass_.scheme(node, held, None), held)
+            method, rounding, seed = pass_.range, pass_.rounding, pass_.seed
+            rows = held.rows(weight.values)
+            if rounding == "stochastic":
+                continue
+            q, params = quantize_weight(rows, scheme, None, method, rounding=rounding, seed=seed)
+            shape = [held.shape[a] for a in held.order]
+            back = params.dequantize(q).reshape(shape).transpose(np.argsort(held.order))
+            node.inputs[held.index] = expected.constant("back", np.ascontiguousarray(back))
+    if pass_.rounding == "even":
+        np.testing.assert_array_equal(outputs(after), outputs(expected))
+    assert not [n for n in pass_(after) if n.changed]
+
+
+def constants(model: Model) -> list[gs.Constant]:
+    found = [t for g in model.graphs() for t in g.tensors().values()]
+    return [t for t in found if isinstance(t, gs.Constant)]
+
+
+def optimized(proto: onnx.ModelProto, folder: Path, *ops: str) -> list[str]:
+    """What is left of some operators when ONNX Runtime has loaded the model."""
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(folder / "optimized.onnx")
+    options.log_severity_level = 3
+    ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return [node.op for node in Model.load(folder / "optimized.onnx").nodes(*ops)]
+
+
+def test_groups_that_fill_a_channel_are_channels() -> None:
+    after = model("y = MatMul(x, m)", ROWS, "float[a, b] y")
+    (note,) = QuantizeWeights(granularity="group", group_size=64)(after)
+    assert "per channel" in note.text
+    assert not after.nodes("Reshape")
+
+
+def test_a_short_last_group_is_evened_out() -> None:
+    """72 values in groups of 32: three of 24, instead of two and one that is mostly filler."""
+    after = model("y = Conv(x, w)", IMAGE, "float[a, b, c, d] y")
+    (note,) = QuantizeWeights(granularity="group")(after)
+    assert "in groups of 24" in note.text
+    assert [t.shape for t in constants(after) if str(t.dtype) == "int8"] == [(16, 3, 24, 1)]
+
+
+def test_scales_are_per_channel() -> None:
+    before = model("y = Gather(table, x)", "int64[1, 7] x", "float[a, b, c] y")
+    (gather,) = before.nodes("Gather")
+    gather.inputs[0].values = np.outer(np.geomspace(1, 1e4, 40), np.ones(32)).astype(np.float32)
+    QuantizeWeights()(before)
+    (mul,) = before.nodes("Mul")
+    assert mul.inputs[1].shape == (40, 1)
+
+
+def test_batch_normalisation_still_folds(tmp_path: Path) -> None:
+    """A DequantizeLinear would keep ONNX Runtime from folding it into the convolution."""
+    after = model(
+        "c = Conv(x, w) y = BatchNormalization(c, bn, bn, bn, bn)", IMAGE, "float[a, b, c, d] y"
+    )
+    after.raise_opset(21)
+    for node in after.nodes("BatchNormalization"):
+        node.inputs[1].values = np.full(16, 0.5, np.float32)  # the variance must not be negative
+    assert [n.changed for n in QuantizeWeights("int4", "group", 16)(after)] == [True]
+    assert optimized(after.to_proto(), tmp_path, "BatchNormalization", *UNPACKING) == []
+
+
+def test_a_transposed_reader_takes_the_unpacked_weight(tmp_path: Path) -> None:
+    """Tied weights: what goes through Transpose is not stored a second time, in floats."""
+    body = "e = Gather(table, x) t = Transpose<perm = [1, 0]>(table) y = MatMul(e, t)"
+    after = model(body, "int64[1, 7] x", "float[a, b, c] y")
+    QuantizeWeights()(after)
+    assert [str(t.dtype) for t in constants(after) if len(t.shape) == 2 and t.shape[1] > 1] == [
+        "int8"
+    ]
+    assert optimized(after.to_proto(), tmp_path, *UNPACKING, "Transpose") == []
+
+
+def test_recurrent_state_keeps_eight_bits() -> None:
+    after = model(*CASES["LSTM"])
+    after.raise_opset(21)
+    notes = QuantizeWeights("int4", "group", 16)(after)
+    assert ["int4" in notes[0].text, "int8" in notes[1].text] == [True, True]
+    asked = model(*CASES["LSTM"])
+    asked.raise_opset(21)
+    notes = QuantizeWeights("int4", "group", 16, layers=("op:LSTM=int4",))(asked)
+    assert all("int4" in note.text for note in notes)
+
+
+DECLINES = [
+    pytest.param({"format": "int4"}, 17, "opset 17 has no int4", id="opset-4"),
+    pytest.param({"format": "int2"}, 21, "opset 25 has", id="opset-2"),
+    pytest.param({"format": "float8e5m2"}, 17, "opset 19 has", id="opset-float8"),
+    pytest.param({"granularity": "group", "group_size": 1}, 17, "save nothing", id="no-smaller"),
+    pytest.param({"layers": ("op:MatMul=float",)}, 17, "asked for by --layer", id="layer"),
+]
+
+
+@pytest.mark.parametrize(("options", "opset", "reason"), DECLINES)
+def test_declines(options: dict[str, Any], opset: int, reason: str) -> None:
+    before = model("y = MatMul(x, m)", ROWS, "float[a, b] y")
+    before.raise_opset(opset)
+    (note,) = QuantizeWeights(**options)(before)
+    assert not note.changed
+    assert reason in note.text
+    assert [str(t.dtype) for t in constants(before)] == ["float32"]
+
+
+WRONG = [
+    pytest.param({"format": "float4e2m1"}, "unknown format 'float4e2m1'", id="unknown"),
+    pytest.param({"format": "int32"}, "cannot run weights in it", id="int32"),
+    pytest.param({"format": "float8e5m2", "symmetric": False}, "no zero point", id="zero-point"),
+    pytest.param({"format": "int4", "levels": 17}, "2 to 16 levels", id="levels"),
+    pytest.param({"granularity": "group", "group_size": 0}, "at least one value", id="group"),
+]
+
+
+@pytest.mark.parametrize(("options", "reason"), WRONG)
+def test_wrong_options(options: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        QuantizeWeights(**options)
+
+
+def test_layers_of_other_formats() -> None:
+    after = model("h = MatMul(x, m) y = Gemm(h, mt2, row)", ROWS, "float[a, b] y")
+    after.raise_opset(21)
+    notes = QuantizeWeights("int4", "group", 16, symmetric=True, layers=("last=int8",))(after)
+    assert "int4 in groups of 16" in notes[0].text
+    assert "int8 per channel" in notes[1].text

@@ -47,7 +47,7 @@ def quantize(
     zeros = layout.params_views(np.ascontiguousarray(zp))
     parts = zip(layout.views(x), layout.views(q), scales, zeros, strict=True)
     for source, target, scale_view, zero_view in parts:
-        for rows in Rows.cut(source):
+        for rows in Rows.cut(source, once=True):
             s, z = rows.params(scale_view), rows.params(zero_view, wide)
             for piece in rows.pieces:
                 t = rows.read(source, piece)
@@ -103,7 +103,7 @@ def affine_params(
 
     An all-zero range gets scale 1.0 and represents 0 exactly; a constant range [c, c] becomes
     [0, c], so c is the end of the grid. A scale is never subnormal: tiny ranges get the smallest
-    normal float32. Use `ranges.weight_range` to lift dead channels relative to live ones.
+    normal float32. `weights.fit_weight` lifts dead channels relative to live ones.
 
     power_of_two: the scale is the next 2^k that is not smaller, the zero point is that scale's.
 

@@ -22,8 +22,8 @@ import numpy as np
 from onnxq.numerics.fitting import Best, Fit, Problem, Values
 
 NARROWEST = 0.15  # of the extremes: outliers as far as 16 deviations, two bits
-COARSE = tuple(np.geomspace(1, NARROWEST, 26)[1:])
-ENDS = tuple(np.geomspace(1, NARROWEST, 14)[1:])
+COARSE = tuple(np.geomspace(1, NARROWEST, 18)[1:])
+ENDS = tuple(np.geomspace(1, NARROWEST, 10)[1:])
 FINE = (0.91, 0.94, 0.96, 0.98, 1.02, 1.04, 1.06)
 CLOSE = (0.96, 0.985, 1.0, 1.015, 1.04)
 

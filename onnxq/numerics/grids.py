@@ -50,8 +50,8 @@ class Grid:
 
     @classmethod
     def of(cls, dtype: np.dtype[Any]) -> Grid:
-        """All numbers of a dtype."""
-        return cls(dtype, *limits(dtype))
+        """All numbers of a dtype, any zero point."""
+        return cls(dtype, *limits(dtype), symmetric=False)
 
     @property
     def is_float(self) -> bool:
@@ -96,7 +96,11 @@ class Grid:
         else:
             t += rng.random(t.shape, np.float32)
             np.floor(t, out=t)
-        return np.clip(t, self.qmin - zero_point, self.qmax - zero_point, out=t)
+        if self.symmetric:  # one zero point: bounds that are numbers are faster
+            return np.clip(t, self.qmin - self.middle, self.qmax - self.middle, out=t)
+        np.maximum(t, self.qmin - zero_point, out=t)
+        np.minimum(t, self.qmax - zero_point, out=t)
+        return t
 
     def _snap_float(self, t: NDArray[Any], rng: np.random.Generator | None) -> NDArray[Any]:
         np.clip(t, self.qmin, self.qmax, out=t)

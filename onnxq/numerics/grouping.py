@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-PIECE = 1 << 18  # values worked on at once: 1 MB as float32
+PIECE = 1 << 17  # values worked on at once: 512 kB as float32
 TALL = 128  # rows of fewer values are laid out as columns, so that numpy adds whole lines
 
 Box = tuple[slice, ...]
@@ -106,14 +106,21 @@ class Rows:
     tall: bool  # a row is a column: parameters are 1 x rows, else rows x 1
 
     @classmethod
-    def cut(cls, view: NDArray[Any], limit: int = PIECE) -> Iterator[Rows]:
-        """All rows of a view, in pieces of at most `limit` values."""
+    def cut(cls, view: NDArray[Any], *, once: bool = False) -> Iterator[Rows]:
+        """All rows of a view, in pieces of at most `PIECE` values.
+
+        A row is one piece if it can be. once: each piece is read but once, so rather as memory has
+        them: where neighbours belong to different rows, many rows and strips of each.
+        """
         count, length = prod(view.shape[:3]), prod(view.shape[3:])
         if not count:
             return
-        for at in boxes(view.shape[:3], max(1, limit // max(length, 1))):
+        strips = once and _stride(view, 0, 3) < _stride(view, 3, 5)
+        span = min(length, TALL // 2) if strips else length
+        for at in boxes(view.shape[:3], max(1, PIECE // max(span, 1))):
             shape = tuple(len(range(*s.indices(n))) for s, n in zip(at, view.shape, strict=False))
-            yield cls(at, tuple(boxes(view.shape[3:], limit)), shape, length < TALL)
+            pieces = tuple(boxes(view.shape[3:], max(1, PIECE // prod(shape)))) if length else ()
+            yield cls(at, pieces, shape, strips or length < TALL)
 
     @property
     def axis(self) -> int:
@@ -150,3 +157,9 @@ class Rows:
         """Set parameters of these rows."""
         part = view[self.at]
         part[...] = values.reshape(part.shape)
+
+
+def _stride(view: NDArray[Any], first: int, last: int) -> int:
+    """The least step in bytes along some axes."""
+    steps = [abs(view.strides[i]) for i in range(first, last) if view.shape[i] > 1]
+    return min(steps, default=view.nbytes)

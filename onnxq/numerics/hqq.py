@@ -22,18 +22,18 @@ import numpy as np
 from onnxq.numerics.clipping import mse
 from onnxq.numerics.fitting import MOMENTS, Fit, Problem, Values, moments, refined
 
-POWER = 0.5
-BETA, KAPPA = 1.0, 1.15
-STEPS = 20
-PATIENCE = 3  # steps without a better row
+BETA, KAPPA = 1.0, 1.3
+STEPS = 10
+PATIENCE = 3  # steps without a gain after which a row is done
 
 
-def hqq(problem: Problem) -> Fit:
-    """The least p-norm of errors, from the fit of least squared error on."""
-    fit = best = mse(problem)
-    norm = bound = None
-    beta, idle = BETA, 0
-    for _ in range(STEPS + 1):
+def hqq(problem: Problem, start: Fit | None = None) -> Fit:
+    """The least p-norm of errors, from the fit of least squared error (`start`) on."""
+    fit = best = mse(problem) if start is None else start
+    norm = bound = np.zeros(fit.scale.shape)
+    idle = np.zeros(fit.scale.shape, int)
+    beta = BETA
+    for step in range(STEPS + 1):
 
         def terms(
             x: Values, m: Values | None, fit: Fit = fit, beta: float = beta
@@ -45,13 +45,13 @@ def hqq(problem: Problem) -> Fit:
             return np.sqrt(magnitude), magnitude * magnitude, *moments(problem, k, x - lost, m)
 
         sums = problem.total(2 + MOMENTS, terms)
-        if norm is None or bound is None:
+        if step == 0:
             norm, bound = sums[0], sums[1]
         else:
-            better = (sums[0] < norm) & (sums[1] <= bound)
+            better = (sums[0] < norm) & (sums[1] <= bound) & (idle < PATIENCE)
             best, norm = fit.where(better, best), np.where(better, sums[0], norm)
-            idle = 0 if better.any() else idle + 1
-            if idle == PATIENCE:
+            idle = np.where(better, 0, idle + 1)
+            if (idle >= PATIENCE).all():
                 break
         fit = refined(problem, fit, sums[2:])
         beta *= KAPPA
@@ -60,6 +60,11 @@ def hqq(problem: Problem) -> Fit:
 
 def kept_back(r: Values, magnitude: Values, step: Values, beta: float) -> Values:
     """The part of the errors that is let go: proximal operator of the p-norm, p = 1/2."""
-    with np.errstate(divide="ignore"):  # an error of 0 loses everything, that is 0
-        threshold = step ** np.float32(2 - POWER) / (np.float32(beta) * np.sqrt(magnitude))
-    return np.asarray(np.sign(r) * np.maximum(magnitude - threshold, 0))
+    share = np.sqrt(magnitude)
+    share *= magnitude
+    limit = step * np.sqrt(step) / np.float32(beta)
+    np.maximum(share, limit, out=share)  # also where there is no error
+    np.divide(limit, share, out=share)
+    np.subtract(1, share, out=share)
+    share *= r
+    return share

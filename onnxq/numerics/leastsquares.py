@@ -16,18 +16,21 @@ these steps from the best two; no method has a lower weighted error.
 
 from __future__ import annotations
 
+import numpy as np
+
 from onnxq.numerics.clipping import mse, standardized
 from onnxq.numerics.fitting import MOMENTS, Best, Fit, Problem, Values, moments, refined
 from onnxq.numerics.hqq import hqq
 
-STEPS = 12
+STEPS = 6
 
 
 def importance(problem: Problem) -> Fit:
     """The least sum of importance * error^2 that the steps find from several starts."""
     plain = problem.without_importance()
-    best = Best(problem, hqq(plain))
-    for other in (mse(plain), standardized(plain), problem.cover):
+    start = mse(plain)
+    best = Best(problem, start)
+    for other in (hqq(plain, start), standardized(plain), problem.cover):
         best.offer(other)
     other = best.fit
     _descend(problem, best, mse(problem))
@@ -38,12 +41,11 @@ def importance(problem: Problem) -> Fit:
 def _descend(problem: Problem, best: Best, fit: Fit) -> None:
     best.offer(fit)
     for _ in range(STEPS):
-        before = best.error
 
         def terms(x: Values, m: Values | None, fit: Fit = fit) -> tuple[Values, ...]:
             return moments(problem, problem.snapped(x, fit), x, m)
 
-        fit = refined(problem, fit, problem.total(MOMENTS, terms))
-        best.offer(fit)
-        if not (best.error < before).any():
+        fit, last = refined(problem, fit, problem.total(MOMENTS, terms)), fit
+        if np.array_equal(fit.scale, last.scale) and np.array_equal(fit.zero, last.zero):
             break
+        best.offer(fit)

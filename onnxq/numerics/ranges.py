@@ -1,4 +1,4 @@
-"""Range search: which (lo, hi) an affine grid should span, from a histogram or from weights.
+"""Range search: which (lo, hi) an affine grid should span, from a histogram.
 
     minmax      the extremes: nothing is clipped
     percentile  all but 0.01 % of the values, half of that cut at either end
@@ -37,7 +37,6 @@ Array = NDArray[np.float64]
 TAILS = 1e-4  # the share of values that `percentile` clips, both ends together
 COARSE, FINE = 40, 13  # candidates for an end: over the whole range, then between two of those
 CELLS = 256  # the divergence is that of an 8-bit grid at most: beyond, it is all but zero
-DEAD = 2.0**-16  # the least range of a weight's channel, relative to the largest
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -285,60 +284,3 @@ def _plogp(mass: Array, width: Array) -> Array:
     ratio = np.divide(mass, width, out=np.ones_like(mass), where=some)
     result: Array = mass * np.log(ratio)
     return result
-
-
-def weight_range(
-    w: NDArray[Any],
-    axis: int | None,
-    method: str = "minmax",
-    *,
-    bits: int = 8,
-    symmetric: bool = True,
-) -> tuple[Array, Array]:
-    """Find the range (lo, hi) of a weight, for each index of `axis` (None: two scalars).
-
-    minmax: the extremes. mse: the extremes scaled by the factor in [0.4, 1] that leaves the least
-    squared error of the quantized channel (on a grid that holds 0 exactly).
-
-    A dead channel's range is lifted to 2^-16 of the largest channel's. Its weights are noise or 0,
-    but its bias is often not: int32 biases have scale s_x s_w and hold at most 2^31 of it, so with
-    s_w >= 2^-16 max(w) / 127 a bias of max(x) max(w) still fits. All-zero weights: range (0, 0).
-    """
-    if method not in ("minmax", "mse"):
-        raise ValueError(f"unknown method {method!r} for weights: minmax or mse")
-    x = np.asarray(w, np.float32)
-    rows = x.reshape(1, -1) if axis is None else np.moveaxis(x, axis, 0).reshape(x.shape[axis], -1)
-    lo = np.minimum(rows.min(axis=1, initial=0), 0).astype(np.float64)
-    hi = np.maximum(rows.max(axis=1, initial=0), 0).astype(np.float64)
-    if symmetric:
-        hi = np.maximum(-lo, hi)
-        lo = -hi
-    if method == "mse" and np.isfinite(hi - lo).all():
-        factor = _shrink(rows, lo, hi, bits, symmetric)
-        lo, hi = lo * factor, hi * factor
-    extent = np.maximum(-lo, hi)
-    floor = DEAD * extent.max(initial=0)
-    dead = extent < floor
-    hi = np.where(dead, floor, hi)
-    lo = np.where(dead & symmetric, -floor, lo)
-    return (lo[0], hi[0]) if axis is None else (lo, hi)
-
-
-def _shrink(rows: NDArray[np.float32], lo: Array, hi: Array, bits: int, symmetric: bool) -> Array:
-    """For each row the factor on its range that leaves the least squared error."""
-    best, factor = np.full(len(rows), np.inf), np.ones(len(rows))
-    levels = 2**bits - (2 if symmetric else 1)
-    scratch = np.empty_like(rows)
-    for candidate in np.linspace(1, 0.4, 25):
-        step = np.where(hi > lo, (hi - lo) * candidate / levels, 1.0)
-        least = np.rint(lo * candidate / step)[:, None].astype(np.float32)
-        s = step[:, None].astype(np.float32)
-        np.divide(rows, s, out=scratch)
-        np.rint(scratch, out=scratch)
-        np.clip(scratch, least, least + np.float32(levels), out=scratch)
-        np.multiply(scratch, s, out=scratch)
-        np.subtract(scratch, rows, out=scratch)
-        error = np.einsum("ij,ij->i", scratch, scratch, dtype=np.float64)
-        better = error < best
-        best, factor = np.where(better, error, best), np.where(better, candidate, factor)
-    return factor

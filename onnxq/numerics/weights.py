@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxq.numerics.clipping import mse, standardized
-from onnxq.numerics.fitting import Fit, Problem, covering
+from onnxq.numerics.fitting import Fit, Problem, Values, covering
 from onnxq.numerics.grids import SMALLEST_SCALE, Grid
 from onnxq.numerics.grouping import Layout, Rows
 from onnxq.numerics.hqq import hqq
@@ -39,7 +39,7 @@ def fit_weight(
     layout: Layout,
     method: str = "minmax",
     importance: NDArray[Any] | None = None,
-) -> tuple[NDArray[np.float32], NDArray[Any]]:
+) -> tuple[Values, NDArray[Any]]:
     """Scale (float32) and zero point (of the grid's dtype), both of the layout's params_shape.
 
     A scale is never 0 or subnormal. Of channels, a dead one's range is lifted to 2^-16 of the
@@ -54,28 +54,37 @@ def fit_weight(
     low, high = _extremes(w, layout)
     if not (np.isfinite(low).all() and np.isfinite(high).all()):
         raise ValueError("a weight must be finite to be quantized")
-    lifted_low, lifted_high, keep = _lifted(low, high, grid, layout)
-    cover = covering(grid, lifted_low, lifted_high)
-    scale, zero = np.array(cover.scale), np.array(cover.zero, grid.dtype)
-    if method == "minmax":
-        return scale, zero
-    keep |= np.maximum(-low, high) < TINY
-    views = layout.params_views
-    params = [views(p) for p in (scale, zero, low, high, keep)]
+    channels = layout.axis is not None and layout.size is None
+    floor = DEAD * max(-low.min(initial=0), high.max(initial=0)) if channels else 0.0
+    scale = np.empty(layout.params_shape, np.float32)
+    zero = np.empty(layout.params_shape, grid.dtype)
     importances = [None] * 2 if m is None else layout.views(m)
-    for view, weights, s, z, lo, hi, kept in zip(
-        layout.views(w), importances, *params, strict=False
-    ):
+    params = [layout.params_views(p) for p in (scale, zero, low, high)]
+    for view, weights, s, z, lo, hi in zip(layout.views(w), importances, *params, strict=False):
         for rows in Rows.cut(view):
-            problem = _problem(grid, rows, view, weights, (lo, hi), (s, z))
-            fit = METHODS[method](problem)
-            fixed = rows.params(kept, bool)
-            rows.put(s, np.where(fixed, rows.params(s), _bounded(fit.scale / problem.factor)))
-            rows.put(z, np.where(fixed, rows.params(z), fit.zero))
+            extremes = rows.params(lo), rows.params(hi)
+            cover, fixed = _cover(grid, *extremes, floor)
+            if method == "minmax" or fixed.all():
+                fit = cover
+            else:
+                problem = _problem(grid, rows, (view, weights), extremes, cover)
+                found = METHODS[method](problem)
+                fit = cover.where(fixed, Fit(_bounded(found.scale / problem.factor), found.zero))
+            rows.put(s, fit.scale)
+            rows.put(z, fit.zero.astype(grid.dtype))
     return scale, zero
 
 
-def _importance(importance: NDArray[Any] | None, shape: tuple[int, ...]) -> NDArray[np.float32]:
+def _cover(grid: Grid, low: Values, high: Values, floor: float) -> tuple[Fit, NDArray[np.bool_]]:
+    """The fit for the extremes, and the rows for which it stays: dead or tiny ones."""
+    lo, hi = low.astype(np.float64), high.astype(np.float64)
+    extent = np.maximum(-lo, hi)
+    dead = extent < floor
+    fit = covering(grid, np.where(dead & grid.symmetric, -floor, lo), np.where(dead, floor, hi))
+    return fit, dead | (extent < TINY)
+
+
+def _importance(importance: NDArray[Any] | None, shape: tuple[int, ...]) -> Values:
     if importance is None:
         raise ValueError(
             "the method importance needs to know the layer's inputs: give data, or use hqq"
@@ -83,16 +92,18 @@ def _importance(importance: NDArray[Any] | None, shape: tuple[int, ...]) -> NDAr
     m = np.asarray(importance, np.float32)
     if not np.isfinite(m).all() or (m < 0).any():
         raise ValueError("an importance must be finite and not negative")
+    if np.broadcast_shapes(m.shape, shape) != shape:
+        raise ValueError(f"an importance of shape {m.shape} does not fit a weight of {shape}")
     top = float(m.max(initial=0))
     return np.broadcast_to(m / np.float32(top) if top else np.ones_like(m), shape)
 
 
-def _extremes(w: NDArray[Any], layout: Layout) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def _extremes(w: NDArray[Any], layout: Layout) -> tuple[Values, Values]:
     """The least and greatest value of each row, 0 included; NaN where there is one."""
     low, high = (np.zeros(layout.params_shape, np.float32) for _ in range(2))
     views = zip(layout.views(w), layout.params_views(low), layout.params_views(high), strict=True)
     for view, lo, hi in views:
-        for rows in Rows.cut(view):
+        for rows in Rows.cut(view, once=True):
             least = greatest = np.zeros(rows.params_shape, np.float32)
             for piece in rows.pieces:
                 x = rows.read(view, piece)
@@ -103,35 +114,19 @@ def _extremes(w: NDArray[Any], layout: Layout) -> tuple[NDArray[np.float32], NDA
     return low, high
 
 
-def _lifted(
-    low: NDArray[np.float32], high: NDArray[np.float32], grid: Grid, layout: Layout
-) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]]:
-    """Ranges with those of dead channels lifted, and which these are."""
-    lo, hi = low.astype(np.float64), high.astype(np.float64)
-    extent = np.maximum(-lo, hi)
-    dead = np.zeros(extent.shape, bool)
-    if layout.axis is None or layout.size is not None:
-        return lo, hi, dead
-    floor = DEAD * extent.max(initial=0)
-    dead = extent < floor
-    return np.where(dead & grid.symmetric, -floor, lo), np.where(dead, floor, hi), dead
-
-
 def _problem(
     grid: Grid,
     rows: Rows,
-    view: NDArray[Any],
-    importance: NDArray[np.float32] | None,
-    extremes: tuple[NDArray[Any], NDArray[Any]],
-    cover: tuple[NDArray[Any], NDArray[Any]],
+    views: tuple[NDArray[Any], Values | None],
+    extremes: tuple[Values, Values],
+    cover: Fit,
 ) -> Problem:
-    low, high = (rows.params(p) for p in extremes)
+    low, high = extremes
     exponent = np.clip(np.frexp(np.maximum(-low, high))[1], -126, 126)
     factor = np.ldexp(np.float32(1), -exponent)
-    fit = Fit(rows.params(cover[0]) * factor, rows.params(cover[1]))
-    problem = Problem(grid, rows, view, importance, factor, low * factor, high * factor, fit)
-    return problem.kept()
+    start = Fit(cover.scale * factor, cover.zero)
+    return Problem(grid, rows, *views, factor, low * factor, high * factor, start).kept()
 
 
-def _bounded(scale: NDArray[np.float32]) -> NDArray[np.float32]:
+def _bounded(scale: Values) -> Values:
     return np.where(np.abs(scale) < SMALLEST_SCALE, np.copysign(SMALLEST_SCALE, scale), scale)

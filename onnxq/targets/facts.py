@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from onnxq.report import SCHEMA, print_rows, to_json
 from onnxq.schemes import PerChannel, QuantScheme
-from onnxq.targets import OpRule, Target, load_target, names
+from onnxq.targets import OpRule, Target, WeightKernels, load_target, names
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -101,6 +101,11 @@ def _said(value: Any) -> str:
         words += ["per channel" if isinstance(value.granularity, PerChannel) else "per tensor"]
         words += ["scales are powers of two"] * value.power_of_two
         return ", ".join(words)
+    if isinstance(value, WeightKernels):
+        words = [", ".join(value.operators), "weights as " + ", ".join(value.formats)]
+        words += [f"groups of {', '.join(map(str, value.groups))}"] * bool(value.groups)
+        words += ["one scale a column"] * value.channels + ["no zero points"] * value.symmetric
+        return "; ".join([*words, "costs measured" if value.costs else "always"])
     if isinstance(value, tuple):
         return ", ".join("ai.onnx" if v == "" else str(v) for v in value) or "none"
     return {True: "yes", False: "no"}.get(value, str(value)) if value is not None else ""
