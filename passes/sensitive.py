@@ -58,8 +58,6 @@ RELATIVE = frozenset(("Log", "Sqrt", "Reciprocal"))
 SCORES = frozenset(
     ["Add", "Sub", "Mul", "Div", "Where", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Expand"]
 )
-# Operators that only give a tensor another shape.
-SHAPING = frozenset(("Reshape", "Squeeze", "Unsqueeze", "Transpose", "Flatten", "Identity"))
 # Share of the multiply-accumulates that an output layer may have to be kept float.
 OUTPUT_SHARE = 0.1
 # A part of a Concat whose range is smaller than this share of the whole keeps under 4 of 8 bits.
@@ -200,15 +198,13 @@ def _layers(
 
 
 def output_layers(model: Model, macs: Mapping[int, float]) -> Iterator[tuple[gs.Node, str]]:
-    """Layers that write an output: pixels, boxes, masks and logits show each step of 8 bits.
+    """Convolutions that write an output: pixels, boxes and logits show each step of 8 bits.
 
-    Only while they are cheap: together at most OUTPUT_SHARE of all multiply-accumulates. Of MatMul
-    and Gemm, which return floats from integer kernels, those whose result is a mask: a value from 0
-    to 1 to be multiplied with. Convolutions whose results are averaged need no exception, the steps
-    average out.
+    Only while they are cheap: together at most OUTPUT_SHARE of all multiply-accumulates. MatMul and
+    Gemm return floats from integer kernels and need no exception; nor do convolutions of whose
+    results averages over all pixels are taken: the steps average out.
     """
     last = [n for n in output_convolutions(model) if not _is_averaged(n)]
-    last += [n for n in model.graph.nodes if n.op in ("MatMul", "Gemm") and _is_mask(model, n)]
     share = sum(macs.get(id(n), 0.0) for n in last) / (sum(macs.values()) or 1.0)
     if share <= OUTPUT_SHARE:
         for node in last:
@@ -224,19 +220,6 @@ def _is_averaged(node: gs.Node) -> bool:
         or (n.op in ("Relu", "LeakyRelu", "Clip") and _is_averaged(n))
         for n, _ in found
     )
-
-
-def _is_mask(model: Model, node: gs.Node) -> bool:
-    """Whether the node's result is an output of the model behind a Sigmoid, and nothing else."""
-    tensor = node.outputs[0]
-    while len(tensor.outputs) == 1 and tensor.outputs[0].op in (*SHAPING, "Add"):
-        tensor = tensor.outputs[0].outputs[0]
-    if len(tensor.outputs) != 1 or tensor.outputs[0].op != "Sigmoid":
-        return False
-    mask = tensor.outputs[0].outputs[0]
-    while len(mask.outputs) == 1 and mask.outputs[0].op in SHAPING:
-        mask = mask.outputs[0].outputs[0]
-    return model.is_output(mask)
 
 
 def output_convolutions(model: Model) -> list[gs.Node]:
