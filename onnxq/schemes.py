@@ -14,6 +14,7 @@ import onnx
 from numpy.typing import ArrayLike, NDArray
 
 from onnxq.numerics.affine import affine_params, dequantize, quantize
+from onnxq.numerics.balancing import balanced
 from onnxq.numerics.grids import Grid, limits
 from onnxq.numerics.grouping import Layout
 from onnxq.numerics.weights import fit_weight
@@ -314,3 +315,19 @@ def integers(
         grid=scheme.grid,
         rng=rng,
     )
+
+
+def balance(
+    w: NDArray[Any], q: NDArray[Any], scheme: QuantScheme, params: QParams, axis: int
+) -> NDArray[Any]:
+    """The integers q of a weight, some of them rounded the other way: see `numerics.balancing`.
+
+    axis: the operator's output channels; params has one scale, or one for each of them.
+    """
+    shape = [-1 if i == params.axis else 1 for i in range(w.ndim)]
+    scale, zero = (a.astype(np.float64).reshape(shape) for a in (params.scale, params.zero_point))
+    exact = np.moveaxis(w / scale + zero, axis, 0)
+    rows = (*exact.shape[:2], -1)
+    rounded = np.moveaxis(q, axis, 0).astype(np.float64)
+    better = balanced(exact.reshape(rows), rounded.reshape(rows), scheme.qmin, scheme.qmax)
+    return np.moveaxis(better.reshape(exact.shape), 0, axis).astype(q.dtype)

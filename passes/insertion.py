@@ -31,6 +31,7 @@ from onnxq.schemes import (
     PerTensor,
     QParams,
     QuantScheme,
+    balance,
     integers,
     quantize_weight,
 )
@@ -238,13 +239,17 @@ class Editor:
         node: the layer whose kernel must not saturate, where the target's can.
         """
         guarded = node if node is not None and self.target.saturates else None
-        key = (id(tensor), scheme, axis, guarded and (guarded.op, guarded.attrs.get("transB", 0)))
+        is_balanced = guarded is None and node is not None and node.op == "Conv"
+        group = guarded and (guarded.op, guarded.attrs.get("transB", 0))
+        key = (id(tensor), scheme, axis, group, is_balanced)
         if key not in self.weights:
             values = np.asarray(values_of(tensor))
             q, params = quantize_weight(values, scheme, axis, self.weight_range)
             if guarded is not None:
                 params = self.guard(guarded, values, params)
                 q = integers(values, scheme, params)
+            if is_balanced and params.group_size is None:
+                q = balance(values, q, scheme, params, 0)
             if scheme.format in self.target.widened:
                 wide = self.target.weights.numbers.dtype
                 params = replace(params, zero_point=params.zero_point.astype(wide))

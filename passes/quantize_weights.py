@@ -69,7 +69,8 @@ class QuantizeWeights:
     are chosen; importance weighs errors by the mean squares of what the weight is multiplied with,
     seen in samples. rounding: half to even, or stochastic by `seed`. encoding: compute takes a
     kernel for integer weights wherever the target has one, auto where it is also faster, storage
-    never. layers: "PATTERN=FORMAT" for single layers, the last match wins.
+    never. recurrent_group: in LSTM, GRU and RNN, whose errors add up from step to step, so many values
+    share a scale instead of a channel's (0: a channel's). layers: "PATTERN=FORMAT" for single layers, the last match wins.
     """
 
     format: str = "int8"
@@ -82,6 +83,7 @@ class QuantizeWeights:
     seed: int = 0
     encoding: Literal["auto", "compute", "storage"] = "auto"
     smallest: int = 512
+    recurrent_group: int = 16
     layers: tuple[str, ...] = ()
     target: Target | None = None
     samples: Samples | None = field(default=None, repr=False)
@@ -167,6 +169,9 @@ class QuantizeWeights:
         if format is None and narrow and node.op in RECURRENT and held.index == 2:
             format = "int8"
         scheme = self._scheme(format or self.format)
+        by_channel = isinstance(scheme.granularity, PerChannel)
+        if node.op in RECURRENT and by_channel and self.recurrent_group:
+            scheme = replace(scheme, granularity=PerGroup(self.recurrent_group, 1))
         if scheme.group_size is not None and held.length <= scheme.group_size:
             return replace(scheme, granularity=PerChannel(0))
         return scheme

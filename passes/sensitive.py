@@ -201,13 +201,25 @@ def output_layers(model: Model, macs: Mapping[int, float]) -> Iterator[tuple[gs.
     """Convolutions that write an output: pixels, boxes and logits show each step of 8 bits.
 
     Only while they are cheap: together at most OUTPUT_SHARE of all multiply-accumulates. MatMul and
-    Gemm return floats from integer kernels and need no exception.
+    Gemm return floats from integer kernels and need no exception; nor do convolutions of whose
+    results averages over all pixels are taken: the steps average out.
     """
-    last = output_convolutions(model)
+    last = [n for n in output_convolutions(model) if not _is_averaged(n)]
     share = sum(macs.get(id(n), 0.0) for n in last) / (sum(macs.values()) or 1.0)
     if share <= OUTPUT_SHARE:
         for node in last:
             yield node, f"an output layer, {share:.1%} of the work: its result shows each step"
+
+
+def _is_averaged(node: gs.Node) -> bool:
+    """Whether the node's result is read as averages over pixels only."""
+    found = list(readers(node.outputs[0]))
+    return bool(found) and all(
+        n.op == "GlobalAveragePool"
+        or (n.op == "ReduceMean" and list(n.attrs.get("axes", ())) in ([2, 3], [-2, -1]))
+        or (n.op in ("Relu", "LeakyRelu", "Clip") and _is_averaged(n))
+        for n, _ in found
+    )
 
 
 def output_convolutions(model: Model) -> list[gs.Node]:
