@@ -19,6 +19,7 @@ from onnxq.model import Model, producer, values_of
 from onnxq.numerics.saturation import excess
 from onnxq.operands import Operand, clamp_behind, dequantized, operand, parameters, results, roles
 from onnxq.passes.ops import OPS, activation_inputs, is_constant, kernel_rows, weight_axis
+from onnxq.preconditions import blames_the_model
 from onnxq.schemes import FORMATS, PerChannel, QuantScheme
 from onnxq.serialization import op_type_of
 from onnxq.targets import Target, load_target
@@ -50,7 +51,9 @@ def check(
         model = Model.from_proto(model)
     elif not isinstance(model, Model):
         name, model = os.fspath(model), Model.load(model)
-    return conformance(model, load_target(target), name)
+    aim = load_target(target)
+    with blames_the_model(model, name, None):
+        return conformance(model, aim, name)
 
 
 def conformance(model: Model, target: Target, name: str = "") -> Conformance:

@@ -138,7 +138,10 @@ def one_line(error: BaseException) -> str:
     return next((line for line in lines if line), type(error).__name__)
 
 
-CHUNK = 0.004  # seconds between two readings of the clock, at least
+# Seconds between two readings of the clock, at least: well below the 3 to 4 ms after which a busy
+# system gives the processor to another process, or no reading would be free of that.
+CHUNK = 0.001
+QUICK = 0.02  # below this a run is cheap enough to be timed several times beforehand
 ROUNDS = 100  # more are not needed
 
 
@@ -163,13 +166,13 @@ def latency(
 ) -> Latency:
     """Time both models on one sample, in turn, for about `seconds` and one thread.
 
-    Models that run for less than 4 ms are run several times for each reading of the clock. Each
+    Models that run for less than 1 ms are run several times for each reading of the clock. Each
     model is run at least three times, the first one not counted, however long that takes.
     Raises ModelError for a model that onnxruntime does not take or that does not run.
     """
     runs = [_runner(session(model, threads=1), feed) for model in (original, result)]
     once = [_seconds(run, 1) for run in runs]
-    inner = [max(1, math.ceil(CHUNK / max(s, 1e-6))) for s in once]
+    inner = [_batch(run, s) for run, s in zip(runs, once, strict=True)]
     times: tuple[list[float], list[float]] = ([], [])
     end = time.perf_counter() + seconds
     least = 3 if 3 * sum(once) < seconds else 1
@@ -188,6 +191,13 @@ def _runner(made: Any, feed: Mapping[str, NDArray[Any]]) -> Callable[[], Any]:
     except Exception as e:  # onnxruntime's exceptions share no base but Exception
         raise ModelError(f"cannot be timed, it does not run: {one_line(e)}") from e
     return lambda: made.run(None, wanted)
+
+
+def _batch(run: Callable[[], Any], once: float) -> int:
+    """Runs for one reading of the clock; `once`: seconds of a first run, which may have waited."""
+    if once < QUICK:
+        once = min(once, *(_seconds(run, 1) for _ in range(4)))
+    return max(1, math.ceil(CHUNK / max(once, 1e-6)))
 
 
 def _seconds(run: Callable[[], Any], inner: int) -> float:

@@ -230,7 +230,8 @@ def range_rules(
     """Nodes to keep float for what calibration saw; strict: only where nothing else is possible."""
     floats: Floats = {}
     for node in placement.nodes.values():
-        for tensor in (*node.inputs, *node.outputs):
+        ends = placement.clamps.get(id(node), node).outputs
+        for tensor in (*node.inputs, *ends):
             if any(ranges[name].has_nonfinite for name in placement.sources.get(tensor.name, ())):
                 floats[id(node)] = f"{tensor.name} has infinite values: no range covers them"
             if any(not ranges[name].count for name in placement.sources.get(tensor.name, ())):
