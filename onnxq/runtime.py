@@ -25,6 +25,12 @@ Source = Model | onnx.ModelProto | bytes | str | os.PathLike[str]
 Level = Literal["all", "extended", "basic", "off"]
 LARGE = 1 << 30  # bytes of weights above which a model goes to onnxruntime through a file
 
+# On x86, onnxruntime 1.31 makes uint8 of int8 zero points, but leaves the output_dtype that it has
+# itself given to QuantizeLinear, moving a pair over a Reshape, Slice or Transpose (opset 21 on):
+# the graph then contradicts itself. With this option int8 stays what it is, as on ARM.
+INT8_BUG = "output_dtype INT8 does not match y_zero_point type UINT8"
+INT8_ALLOWED = "session.qdqisint8allowed"
+
 
 def session(model: Source, *, optimize: Level = "all", threads: int | None = None) -> Any:
     """Make an onnxruntime session on the CPU; only errors are logged.
@@ -46,12 +52,15 @@ def session(model: Source, *, optimize: Level = "all", threads: int | None = Non
     if threads is not None:
         options.intra_op_num_threads = threads
 
-    def made(source: bytes | str) -> Any:
+    def made(source: bytes | str, *, again: bool = False) -> Any:
         try:
             return ort.InferenceSession(
                 source, options, providers=["CPUExecutionProvider"], enable_fallback=0
             )
         except Exception as e:  # onnxruntime's exceptions share no base but Exception
+            if INT8_BUG in str(e) and not again:
+                options.add_session_config_entry(INT8_ALLOWED, "1")
+                return made(source, again=True)
             where = source if isinstance(source, str) else "the model"
             raise RefusedError(f"onnxruntime cannot load {where}: {_reason(e)}") from e
 
@@ -67,6 +76,15 @@ def session(model: Source, *, optimize: Level = "all", threads: int | None = Non
     if isinstance(model, onnx.ModelProto):
         return made(model.SerializeToString())
     return made(model if isinstance(model, bytes) else os.fspath(model))
+
+
+def needs_int8_allowed(model: Source) -> bool:
+    """Whether onnxruntime takes the model here only with the option INT8_ALLOWED."""
+    options = session(model).get_session_options()
+    try:
+        return bool(options.get_session_config_entry(INT8_ALLOWED) == "1")
+    except Exception:  # what is not set is an error
+        return False
 
 
 def _reason(error: BaseException) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import re
 from dataclasses import MISSING, fields, replace
 from pathlib import Path
@@ -325,6 +326,28 @@ def test_other_machines_are_not_timed(tmp_path: Path) -> None:
     model = MODELS / "digits_cnn.onnx"
     data = str(model.with_suffix(".calib.npz"))
     assert onnxq.optimize(model, data=data, target="tensorrt").latency is None
+
+
+MOVED_INT8 = """<ir_version: 10, opset_import: ["": 21]> g (float[8, 8] x) => (float[4, 16] y)
+<float s = {0.1}, int8 z = {5}, int64[2] shape = {4, 16}>
+{ q = QuantizeLinear(x, s, z) d = DequantizeLinear(q, s, z) r = Reshape(d, shape) y = Sigmoid(r) }
+"""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="a bug of onnxruntime on x86")
+def test_int8_that_onnxruntime_stumbles_over_on_x86(tmp_path: Path) -> None:
+    proto = parser.parse_model(MOVED_INT8)
+    with pytest.raises(Exception, match="INT8 does not match"):
+        ort.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    assert runtime.needs_int8_allowed(proto)
+    (y,) = runtime.session(proto).run(None, {"x": np.ones((8, 8), np.float32)})
+    assert y == pytest.approx(1 / (1 + np.exp(-1)), abs=1e-6)
+    path = tmp_path / "m.onnx"
+    onnx.save(proto, path)
+    report = onnxq.optimize(path, recipe="cleanup")
+    assert any("session.qdqisint8allowed is 1" in warning for warning in report.warnings)
+    plain = onnxq.optimize(path, recipe="cleanup", validate=False)
+    assert plain.warnings == ()
 
 
 # The .ort file.
