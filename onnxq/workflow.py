@@ -100,12 +100,12 @@ def optimize(
             job.warnings += [SYNTHETIC_RANGES] if fits and data is None else []
             fitting, held = split(samples)
         notes = _rewritten(edited, chosen, aim, fitting, calibration, job)
-    feed = next(iter(held), {})
-    covered = _covered(edited, feed)
-    if any(name.startswith("quantize") for name in chosen.passes):
-        if not allow_unchanged:
-            require_quantized(notes, edited)
-        job.warnings += broken_rules(edited, aim, strict=not allow_unchanged)
+        feed = next(iter(held), {})
+        covered = _covered(edited, feed)
+        if any(name.startswith("quantize") for name in chosen.passes):
+            if not allow_unchanged:
+                require_quantized(notes, edited)
+            job.warnings += broken_rules(edited, aim, strict=not allow_unchanged)
     fidelity = timing = None
     if validate is not False and len(held):
         with job.stage("validate"):

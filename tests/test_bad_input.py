@@ -207,6 +207,15 @@ def test_models_that_are_not_valid_are_looked_at(text: str, reason: str, tmp_pat
     assert any(reason in done.stderr for done in stumbled)
 
 
+def test_a_call_of_a_function_that_does_not_fit(tmp_path: Path, place: Path) -> None:
+    text = """<ir_version: 10, opset_import: ["": 21, "own": 1]>
+    g (float[4] x) => (float[4] y) { y = own.double (x, x) }
+    <domain: "own", opset_import: ["": 21]> double (a) => (b) { b = Add (a, a) }"""
+    model = written(tmp_path / "m.onnx", text)
+    refused(run("optimize", model, place, "--recipe", "cleanup"), 2, "function cannot be inlined")
+    refused(run("inspect", model), 2, "export")
+
+
 def test_a_bug_of_ones_own_pass_is_no_fault_of_the_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: Path
 ) -> None:
