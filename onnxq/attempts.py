@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from onnxq import runtime
 from onnxq.core import Note
 from onnxq.coverage import Coverage, coverage
 from onnxq.data import Feed, Samples
@@ -20,6 +21,11 @@ from onnxq.recipes import Recipe
 from onnxq.targets import Target
 from onnxq.validation import Fidelity
 from onnxq.validation import compare as compare_outputs
+
+INT8_WARNING = (
+    "onnxruntime on x86 fails to load the result (a bug of its own, with int8 activations from opset "
+    f"21 on) unless its session option {runtime.INT8_ALLOWED} is 1; so it was compared"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +79,8 @@ def attempt(recipe: Recipe, model: Model, notes: Sequence[Note], setting: Settin
     if len(setting.held):
         with setting.job.stage("validate"):
             fidelity = _compared(model, setting)
+            if model.opset >= 21 and runtime.needs_int8_allowed(model):
+                warnings.append(INT8_WARNING)
     covered = _covered(model, setting.feed)
     return Attempt(recipe, model, tuple(notes), covered, fidelity, tuple(warnings))
 

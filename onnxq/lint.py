@@ -38,6 +38,7 @@ from onnxq.passes.ops import (
     kernel_rows,
     weight_axis,
 )
+from onnxq.preconditions import blames_the_model
 from onnxq.schemes import FORMATS, PerChannel, QuantScheme
 from onnxq.targets import Target, load_target
 
@@ -70,7 +71,9 @@ def check(
         model = Model.from_proto(model)
     elif not isinstance(model, Model):
         name, model = os.fspath(model), Model.load(model)
-    return conformance(model, load_target(target), name)
+    aim = load_target(target)
+    with blames_the_model(model, name, None):
+        return conformance(model, aim, name)
 
 
 def conformance(model: Model, target: Target, name: str = "") -> Conformance:

@@ -12,13 +12,15 @@ from onnxq.data import ImageOptions, Spec
 from onnxq.demands import LAYERS_SAMPLES
 from onnxq.job import Job, Progress
 from onnxq.loading import ModelLike, load, name_of
+from onnxq.model import Model
 from onnxq.passes.convert_float32 import convert_float32
 from onnxq.passes.placement import place
 from onnxq.passes.sensitive import graph_rules
 from onnxq.passes.work import macs
+from onnxq.preconditions import blames_the_model
 from onnxq.report import Comparison, Inspection
 from onnxq.sampling import samples_for
-from onnxq.targets import load_target
+from onnxq.targets import Target, load_target
 from onnxq.validation import compare as compare_outputs
 from onnxq.validation import layer_fidelity
 from onnxq.weights import bytes_in
@@ -30,6 +32,11 @@ def inspect(model: ModelLike, *, target: str = "ort-cpu") -> Inspection:
     Raises ModelError for what is not a model, RecipeError for an unknown target.
     """
     aim, found = load_target(target), load(model)
+    with blames_the_model(model, name_of(model), None):
+        return _inspected(found, aim, name_of(model))
+
+
+def _inspected(found: Model, aim: Target, name: str) -> Inspection:
     inside = found.copy()  # as a recipe sees it
     inside.inline_functions()
     convert_float32(inside)
@@ -44,7 +51,7 @@ def inspect(model: ModelLike, *, target: str = "ort-cpu") -> Inspection:
                 parameters += count
                 sizes[str(tensor.dtype)] += bytes_in(tensor)
     return Inspection(
-        model=name_of(model),
+        model=name,
         target=aim.name,
         ir_version=found.envelope.ir_version,
         opset={o.domain: o.version for o in found.envelope.opset_import},
@@ -82,10 +89,14 @@ def compare(
     Raises ModelError unless they are versions of one model, DataError for samples that do not fit.
     """
     one, two = load(original), load(result)
-    samples = samples_for(one, data, images)
-    tell = None if progress is None else Job(progress, now="compare").sample_progress(len(samples))
-    fidelity = compare_outputs(original, result, samples, progress=tell)
-    layers = layer_fidelity(one, two, samples.take(LAYERS_SAMPLES))
+    with (
+        blames_the_model(original, name_of(original), None),
+        blames_the_model(result, name_of(result), None),
+    ):
+        samples, job = samples_for(one, data, images), Job(progress, now="compare")
+        tell = None if progress is None else job.sample_progress(len(samples))
+        fidelity = compare_outputs(original, result, samples, progress=tell)
+        layers = layer_fidelity(one, two, samples.take(LAYERS_SAMPLES))
     return Comparison(
         name_of(original),
         name_of(result),

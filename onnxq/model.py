@@ -276,7 +276,7 @@ class Model:
 
         The graph's nodes and tensors are replaced by new ones: look them up again.
         Returns the names of the functions that are gone. One with other versions of operators than
-        the model's stays, as do the calls of it.
+        the model's stays, as do the calls of it. Raises ModelError for a call that does not fit.
         """
         if not self.functions:
             return []
@@ -284,7 +284,10 @@ class Model:
         weights = Placeholders()
         proto = self._export(weights)
         align_functions(proto)
-        proto = inline_local_functions(proto)
+        try:
+            proto = inline_local_functions(proto)
+        except RuntimeError as e:  # an assertion in C++
+            raise ModelError(f"a function cannot be inlined ({e}); export the model again") from e
         graph = _imported(proto, weights.fetch)
         self.envelope.CopyFrom(without(proto, "graph"))
         self._take(graph, self.opset)

@@ -34,7 +34,9 @@ def options_of(entry: Any) -> tuple[Option, ...]:
         return ()
     hints = _hints(entry)
     return tuple(
-        Option(f.name, _text(hints[f.name]), _default(f), _choices(hints[f.name]), _is_required(f))
+        Option(
+            f.name, type_text(hints[f.name]), _default(f), _choices(hints[f.name]), _is_required(f)
+        )
         for f in fields(entry)
         if f.init and f.name not in FILLED
     )
@@ -57,7 +59,7 @@ def build(name: str, entry: Any, options: Mapping[str, Any], context: Mapping[st
             listed = ", ".join(sorted(allowed)) or "it has none"
             raise RecipeError(f"{name} has no option {key!r}: {listed}{meant(key, allowed)}")
         if not fits(value, hints[key]):
-            raise RecipeError(f"{name}: {key} = {value!r} is not {_text(hints[key])}")
+            raise RecipeError(f"{name}: {key} = {value!r} is not {type_text(hints[key])}")
     taken = {
         f.name
         for f in (fields(entry) if is_dataclass(entry) else ())
@@ -104,7 +106,7 @@ def _hints(entry: type) -> dict[str, Any]:
         return {f.name: f.type for f in fields(entry)}
 
 
-def _text(hint: Any) -> str:
+def type_text(hint: Any) -> str:
     """A type as people write it."""
     if get_origin(hint) is Literal:
         return "one of " + ", ".join(map(str, get_args(hint)))

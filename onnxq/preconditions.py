@@ -102,8 +102,20 @@ def what_is_invalid(source: ModelLike) -> str | None:
                 value.type.tensor_type.elem_type = value.type.tensor_type.elem_type or 1
                 value.type.tensor_type.shape.SetInParent()
         onnx.checker.check_model(proto)
+        onnx.shape_inference.infer_shapes(model.to_proto(), strict_mode=True)
     except onnx.checker.ValidationError as e:
         return runtime.one_line(e)
+    except onnx.shape_inference.InferenceError:  # also for what onnxruntime only warns of
+        return _refusal(model)
     except ModelError:
         return None
+    return None
+
+
+def _refusal(model: Model) -> str | None:
+    """Why onnxruntime does not load the model; None: it does."""
+    try:
+        runtime.session(model)
+    except ModelError as e:
+        return str(e)
     return None

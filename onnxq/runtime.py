@@ -25,6 +25,12 @@ Source = Model | onnx.ModelProto | bytes | str | os.PathLike[str]
 Level = Literal["all", "extended", "basic", "off"]
 LARGE = 1 << 30  # bytes of weights above which a model goes to onnxruntime through a file
 
+# On x86, onnxruntime 1.31 makes uint8 of int8 zero points, but leaves the output_dtype that it has
+# itself given to QuantizeLinear, moving a pair over a Reshape, Slice or Transpose (opset 21 on):
+# the graph then contradicts itself. With this option int8 stays what it is, as on ARM.
+INT8_BUG = "output_dtype INT8 does not match y_zero_point type UINT8"
+INT8_ALLOWED = "session.qdqisint8allowed"
+
 
 def session(model: Source, *, optimize: Level = "all", threads: int | None = None) -> Any:
     """Make an onnxruntime session on the CPU; only errors are logged.
@@ -46,12 +52,15 @@ def session(model: Source, *, optimize: Level = "all", threads: int | None = Non
     if threads is not None:
         options.intra_op_num_threads = threads
 
-    def made(source: bytes | str) -> Any:
+    def made(source: bytes | str, *, again: bool = False) -> Any:
         try:
             return ort.InferenceSession(
                 source, options, providers=["CPUExecutionProvider"], enable_fallback=0
             )
         except Exception as e:  # onnxruntime's exceptions share no base but Exception
+            if INT8_BUG in str(e) and not again:
+                options.add_session_config_entry(INT8_ALLOWED, "1")
+                return made(source, again=True)
             where = source if isinstance(source, str) else "the model"
             raise RefusedError(f"onnxruntime cannot load {where}: {_reason(e)}") from e
 
@@ -67,6 +76,15 @@ def session(model: Source, *, optimize: Level = "all", threads: int | None = Non
     if isinstance(model, onnx.ModelProto):
         return made(model.SerializeToString())
     return made(model if isinstance(model, bytes) else os.fspath(model))
+
+
+def needs_int8_allowed(model: Source) -> bool:
+    """Whether onnxruntime takes the model here only with the option INT8_ALLOWED."""
+    options = session(model).get_session_options()
+    try:
+        return bool(options.get_session_config_entry(INT8_ALLOWED) == "1")
+    except Exception:  # what is not set is an error
+        return False
 
 
 def _reason(error: BaseException) -> str:
@@ -138,7 +156,10 @@ def one_line(error: BaseException) -> str:
     return next((line for line in lines if line), type(error).__name__)
 
 
-CHUNK = 0.004  # seconds between two readings of the clock, at least
+# Seconds between two readings of the clock, at least: well below the 3 to 4 ms after which a busy
+# system gives the processor to another process, or no reading would be free of that.
+CHUNK = 0.001
+QUICK = 0.02  # below this a run is cheap enough to be timed several times beforehand
 ROUNDS = 100  # more are not needed
 
 
@@ -168,13 +189,13 @@ def latency(
 ) -> Latency:
     """Time both models on one sample, in turn, for about `seconds`.
 
-    Models that run for less than 4 ms are run several times for each reading of the clock. Each
+    Models that run for less than 1 ms are run several times for each reading of the clock. Each
     model is run at least three times, the first one not counted, however long that takes.
     Raises ModelError for a model that onnxruntime does not take or that does not run.
     """
     runs = [_runner(session(model, threads=threads), feed) for model in (original, result)]
     once = [_seconds(run, 1) for run in runs]
-    inner = [max(1, math.ceil(CHUNK / max(s, 1e-6))) for s in once]
+    inner = [_batch(run, s) for run, s in zip(runs, once, strict=True)]
     times: tuple[list[float], list[float]] = ([], [])
     end = time.perf_counter() + seconds
     least = 3 if 3 * sum(once) < seconds else 1
@@ -193,6 +214,13 @@ def _runner(made: Any, feed: Mapping[str, NDArray[Any]]) -> Callable[[], Any]:
     except Exception as e:  # onnxruntime's exceptions share no base but Exception
         raise ModelError(f"cannot be timed, it does not run: {one_line(e)}") from e
     return lambda: made.run(None, wanted)
+
+
+def _batch(run: Callable[[], Any], once: float) -> int:
+    """Runs for one reading of the clock; `once`: seconds of a first run, which may have waited."""
+    if once < QUICK:
+        once = min(once, *(_seconds(run, 1) for _ in range(4)))
+    return max(1, math.ceil(CHUNK / max(once, 1e-6)))
 
 
 def _seconds(run: Callable[[], Any], inner: int) -> float:

@@ -50,9 +50,9 @@ class Input:
     high: int = 2
 
     def sides(self, size: int) -> list[int]:
-        """The shape where free axes get `size`, the first one 1."""
+        """The shape where free axes (some exporters write -1) get `size`, the first one 1."""
         return [
-            d if isinstance(d, int) else 1 if axis == 0 else size
+            d if isinstance(d, int) and d >= 0 else 1 if axis == 0 else size
             for axis, d in enumerate(self.shape)
         ]
 

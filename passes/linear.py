@@ -82,9 +82,11 @@ def pads(conv: gs.Node) -> bool:
 
 
 def bias_of(node: gs.Node) -> NDArray[np.float64] | None:
-    """The bias, beta applied; None without. Raises Skip when it is not constant."""
+    """The bias, beta applied; None without. Raises Skip when it is not constant, or misshapen."""
     if node.op == "MatMul" or len(node.inputs) < 3 or not node.inputs[2].name:
         return None
+    if node.op != "Gemm" and constant(node, 2).shape != (outputs_of(node),):
+        raise Skip(f"its bias {node.inputs[2].name} is not one value a channel")
     beta = float(node.attrs.get("beta", 1.0))
     return np.asarray(constant(node, 2).astype(np.float64) * beta)
 

@@ -242,7 +242,8 @@ def range_rules(
     """Nodes to keep float for what calibration saw; strict: only where nothing else is possible."""
     floats: Floats = {}
     for node in placement.nodes.values():
-        for tensor in (*node.inputs, *node.outputs):
+        ends = placement.clamps.get(id(node), node).outputs
+        for tensor in (*node.inputs, *ends):
             seen = [ranges[name] for name in placement.sources.get(tensor.name, ())]
             if seen and not any(r.bins.size for r in seen):
                 floats[id(node)] = f"{tensor.name} has no elements in any sample"

@@ -173,6 +173,49 @@ def test_a_pass_that_stumbles_over_an_invalid_model(tmp_path: Path, place: Path)
     refused(done, 2, "m.onnx: not a valid model: Mismatched attribute type", "export it again")
 
 
+LOOKED_AT = [
+    pytest.param(
+        '<ir_version: 8, opset_import: ["": 17]> g (float[1, 2] x) => (float[2] y) '
+        "{ z = Reshape ()  y = Flatten (z) }",
+        "input size 0", id="check",
+    ),
+    pytest.param(
+        '<ir_version: 8, opset_import: ["": 17]> g (float[1, 2] x) => (float[2] y) '
+        "{ y = Gemm (x) }",
+        "input size 1", id="inspect",
+    ),
+    pytest.param(
+        '<ir_version: 8, opset_import: ["": 17]> g (int64[1, 2] x) => (float[a, b] y) '
+        "<float[2, 2] w = {1, 2, 3, 4}> { y = Gather <axis = 9> (w, x) }",
+        "axis must be in", id="only-its-shapes",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "reason"), LOOKED_AT)
+def test_models_that_are_not_valid_are_looked_at(text: str, reason: str, tmp_path: Path) -> None:
+    """Commands that do not run the model tell its faults as the others do, if they stumble."""
+    model = written(tmp_path / "m.onnx", text)
+    commands = (
+        ["inspect", model],
+        ["check", model, "--target", "generic"],
+        ["compare", model, model],
+    )
+    stumbled = [done for c in commands if (done := run(*c)).exit_code not in (0, 1)]
+    for done in stumbled:
+        refused(done, 2)
+    assert any(reason in done.stderr for done in stumbled)
+
+
+def test_a_call_of_a_function_that_does_not_fit(tmp_path: Path, place: Path) -> None:
+    text = """<ir_version: 10, opset_import: ["": 21, "own": 1]>
+    g (float[4] x) => (float[4] y) { y = own.double (x, x) }
+    <domain: "own", opset_import: ["": 21]> double (a) => (b) { b = Add (a, a) }"""
+    model = written(tmp_path / "m.onnx", text)
+    refused(run("optimize", model, place, "--recipe", "cleanup"), 2, "function cannot be inlined")
+    refused(run("inspect", model), 2, "export")
+
+
 def test_a_bug_of_ones_own_pass_is_no_fault_of_the_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: Path
 ) -> None:

@@ -131,6 +131,14 @@ def test_folds(pass_: Pass, case: dict[str, Any], left: list[str]) -> None:
         assert len(checked.model.to_proto().graph.initializer) == 1
 
 
+def test_a_bias_that_no_runtime_takes_is_left_alone() -> None:
+    """Checker and onnxruntime load it; it fails when it is run."""
+    edited = Model.from_proto(graph(body="h = Conv(x, w, w) y = " + BN.format("h")))
+    (note,) = fold_batchnorm(edited)
+    assert not note.changed
+    assert "its bias w is not one value a channel" in note.text
+
+
 DECLINES = [
     pytest.param(fold_batchnorm, dict(body="h = Conv(x, w) y = " + BN.format("h"), outputs="float[a, b, c, d] y, float[e, f, g0, h0] h"), "also used elsewhere", id="bn-output"),
     pytest.param(fold_batchnorm, dict(body="h = Conv(x, w) n = " + BN.format("h") + " y = Add(n, h)"), "also used elsewhere", id="bn-second-reader"),

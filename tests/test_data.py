@@ -180,6 +180,14 @@ def test_synthetic_ids_stay_inside_their_table() -> None:
     assert all(np.array_equal(a["x"], b["x"]) for a, b in zip(samples, again, strict=True))
 
 
+def test_a_negative_axis_is_a_free_one() -> None:
+    """Some exporters write -1 for it; onnxruntime takes it so."""
+    proto = model("float[N, 4, T] x", "y = Relu(x)", "float[a, b, c] y").to_proto()
+    proto.graph.input[0].type.tensor_type.shape.dim[2].dim_value = -1
+    read = Model.from_proto(proto)
+    assert next(iter(synthetic_samples(read, 1)))["x"].shape[:2] == (1, 4)
+
+
 def test_synthetic_sizes_are_tried_out() -> None:
     fixed_inside = model(
         "float[N, T] x", "k = Constant<value_ints = [-1, 224]>() y = Reshape(x, k)", "float[a, b] y"

@@ -242,6 +242,9 @@ OPTIONS = [
     pytest.param({"mean": (1.0, 2.0)}, "mean has 2 values", id="mean"),
     pytest.param({"std": (1.0, 0.0, 1.0)}, "std is 0: it must be above 0", id="std"),
     pytest.param({"scale": -1.0}, "scale is -1: it must be above 0", id="scale"),
+    pytest.param({"scale": float("nan")}, "scale is not finite", id="nan-scale"),
+    pytest.param({"mean": (float("nan"),)}, "mean is not finite", id="nan-mean"),
+    pytest.param({"size": (99999, 99999)}, "give 67108864 pixels at most", id="huge"),
     pytest.param({"mean": (123.7,)}, "mean or std of 123.7, but pixels are scaled to 0..1", id="units"),
     pytest.param({"preset": "imagenet", "scale": 1.0}, "leave out scale", id="preset-scale"),
     pytest.param({"keep": 1.5, "resize": "crop"}, "keep is 1.5", id="keep"),
@@ -305,6 +308,8 @@ def test_pixels_that_are_not_scaled_are_warned_of(digits: Path, tmp_path: Path) 
 
 WRONG = [
     pytest.param(("--mean", "a,b"), "--mean a,b: give one number", id="mean"),
+    pytest.param(("--scale", "0"), "scale is 0: it must be above 0", id="zero"),
+    pytest.param(("--mean", ""), "--mean : give one number", id="empty"),
     pytest.param(("--size", "big"), "--size big: give height x width", id="size"),
     pytest.param(("--size", "14x14"), "size 14x14 contradicts it", id="fixed"),
     pytest.param(("--preset", "cifar"), "unknown preset 'cifar'", id="preset"),

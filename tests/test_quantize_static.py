@@ -372,6 +372,15 @@ DECLINES = [
         id="branch-not-taken",
     ),
     pytest.param(
+        dict(
+            body="y = If(c) <then_branch = t () => (float[1, 8, 10, 10] u) { u = Conv(x, w) },"
+            " else_branch = f () => (float[1, 8, 10, 10] v) { k = Conv(x, w) v = Relu(k) }>",
+            inputs="bool c, float[1, 8, 12, 12] x",
+        ),
+        "no sample takes the branch",
+        id="branch-not-taken-behind-a-clamp",
+    ),
+    pytest.param(
         dict(body="c = Conv(x, w) r = Log(c) e = Relu(r) y = Conv(e, w)"),
         "goes into Log",
         id="front-end",

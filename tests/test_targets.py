@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import re
 from dataclasses import MISSING, fields, replace
 from pathlib import Path
@@ -89,6 +90,12 @@ WRONG = [
     pytest.param('extends = "abacus"', "extends 'abacus'", id="unknown-base"),
     pytest.param('extends = "generic"\ncolour = "red"', "unknown key colour", id="key"),
     pytest.param('extends = "generic"\nbias = "none"', "bias is one of 'int32', 'float', 'either'", id="bias"),
+    pytest.param('description = "mine"', "it has no 'activations'", id="little"),
+    pytest.param('extends = "generic"\nmax_opset = "a"', "max_opset = 'a' is not int | None", id="type"),
+    pytest.param('extends = "generic"\nmachines = 3', "machines = 3 is not tuple[str, ...]", id="list"),
+    pytest.param('extends = "generic"\n[operators]\nConv = { attributes = { group = 1 } }', "Conv: attribute group is a list", id="attribute"),
+    pytest.param('extends = "generic"\n[operators]\nConv = { fixed = { int8 = [0, 0] } }', "Conv: fixed int8 is a scale above 0", id="fixed"),
+    pytest.param('extends = "generic"\n[operators]\nConv = { fixed = { int8 = [1] } }', "Conv: fixed int8 is a scale above 0", id="pair"),
     pytest.param('extends = "generic"\nactivations = { accepts = ["int9"] }', "unknown format int9", id="format"),
     pytest.param('extends = "generic"\n[sources]\nspeed = "a guess at best"', "sources of speed", id="source"),
     pytest.param('extends = "generic"\n[operators]\nConv = { output = "float32" }', "Conv: output is one of", id="output"),
@@ -325,6 +332,28 @@ def test_other_machines_are_not_timed(tmp_path: Path) -> None:
     model = MODELS / "digits_cnn.onnx"
     data = str(model.with_suffix(".calib.npz"))
     assert onnxq.optimize(model, data=data, target="tensorrt").latency is None
+
+
+MOVED_INT8 = """<ir_version: 10, opset_import: ["": 21]> g (float[8, 8] x) => (float[4, 16] y)
+<float s = {0.1}, int8 z = {5}, int64[2] shape = {4, 16}>
+{ q = QuantizeLinear(x, s, z) d = DequantizeLinear(q, s, z) r = Reshape(d, shape) y = Sigmoid(r) }
+"""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="a bug of onnxruntime on x86")
+def test_int8_that_onnxruntime_stumbles_over_on_x86(tmp_path: Path) -> None:
+    proto = parser.parse_model(MOVED_INT8)
+    with pytest.raises(Exception, match="INT8 does not match"):
+        ort.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    assert runtime.needs_int8_allowed(proto)
+    (y,) = runtime.session(proto).run(None, {"x": np.ones((8, 8), np.float32)})
+    assert y == pytest.approx(1 / (1 + np.exp(-1)), abs=1e-6)
+    path = tmp_path / "m.onnx"
+    onnx.save(proto, path)
+    report = onnxq.optimize(path, recipe="cleanup")
+    assert any("session.qdqisint8allowed is 1" in warning for warning in report.warnings)
+    plain = onnxq.optimize(path, recipe="cleanup", validate=False)
+    assert plain.warnings == ()
 
 
 # The .ort file.

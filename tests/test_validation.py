@@ -83,6 +83,12 @@ def test_latency_of_a_model_against_itself() -> None:
     assert timed.ratio == timed.result_ms / timed.original_ms
 
 
+def test_a_first_run_that_had_to_wait_does_not_make_readings_shorter() -> None:
+    """Readings of different lengths suffer differently from other work on the machine."""
+    assert runtime._batch(lambda: None, once=runtime.CHUNK) > 1
+    assert runtime._batch(lambda: None, once=2 * runtime.QUICK) == 1  # not run again
+
+
 def test_what_onnxruntime_refuses_is_one_line() -> None:
     with pytest.raises(ModelError, match="onnxruntime cannot load the model: "):
         runtime.session(b"not a model")

@@ -51,8 +51,10 @@ def image_options(command: Any) -> Any:
     @wraps(command)
     def run(*args: Any, size: str | None, mean: str | None, std: str | None, **kwargs: Any) -> None:
         names = ("scale", "bgr", "resize", "preset")
-        given = {n: value for n in names if (value := kwargs.pop(n)) not in (None, False)}
-        given |= {n: _numbers(n, text) for n, text in (("mean", mean), ("std", std)) if text}
+        values = {n: kwargs.pop(n) for n in names}  # 0 is given, and wrong; it equals False
+        given = {n: v for n, v in values.items() if v is not None and v is not False}
+        texts = (("mean", mean), ("std", std))
+        given |= {n: _numbers(n, text) for n, text in texts if text is not None}
         if size is not None:
             given["size"] = _size(size)
         with errors(debug=kwargs["debug"]):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from math import isfinite, prod
 from typing import Any
 
 from onnxq.errors import DataError
 
 SCALE = 1 / 255
 RESIZES = ("stretch", "crop", "letterbox")
+MOST_PIXELS = 1 << 26  # 0.8 GB of three float32 channels
 MODEST = 2.0  # no mean or deviation of values in [0, 1] is above this
 
 
@@ -44,6 +46,17 @@ class ImageOptions:
             raise DataError(f"unknown resize {self.resize!r}: one of {', '.join(RESIZES)}")
         if self.size is not None and min(self.size) < 1:
             raise DataError(f"size {self.size[0]}x{self.size[1]}: height and width start at 1")
+        if self.size is not None and prod(self.size) > MOST_PIXELS:
+            raise DataError(
+                f"size {self.size[0]}x{self.size[1]}: give {MOST_PIXELS} pixels at most"
+            )
+        for name, numbers in (
+            ("mean", self.mean),
+            ("std", self.std),
+            ("scale", (self.scale or 1,)),
+        ):
+            if not all(map(isfinite, numbers or ())):
+                raise DataError(f"{name} is not finite: give numbers such as 0.5")
         for name, values in (("mean", self.mean), ("std", self.std)):
             if values is not None and len(values) not in (1, 3):
                 raise DataError(f"{name} has {len(values)} values: give one, or one a channel")

@@ -5,10 +5,12 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from math import inf
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_type_hints
 
 from onnxq.errors import RecipeError, meant
+from onnxq.options import fits, type_text
 from onnxq.schemes import FORMATS, PerChannel, PerTensor, QuantScheme
 from onnxq.targets.dynamic import DynamicRule, dynamic_rule
 
@@ -224,7 +226,9 @@ def load_target(name: str) -> Target:
         )
     try:
         return _target(path.stem, _table(path, ()))
-    except (tomllib.TOMLDecodeError, TypeError, ValueError, KeyError, AttributeError) as e:
+    except KeyError as e:
+        raise RecipeError(f"{path}: not a target: it has no {e}") from e
+    except (tomllib.TOMLDecodeError, TypeError, ValueError, AttributeError) as e:
         raise RecipeError(f"{path}: not a target: {e}") from e
 
 
@@ -266,6 +270,10 @@ def _target(name: str, table: dict[str, Any]) -> Target:
         raise ValueError(f"sources of {', '.join(sorted(stray))}, which it does not state")
     for key, kind in (("bias", Bias), ("file_format", FileFormat)):
         _one_of(key, table.get(key, get_args(kind)[0]), get_args(kind))
+    hints = get_type_hints(Target)
+    for key in set(table) - {"activations", "weights", "operators", "costs", "sources"}:
+        if not fits(table[key], hints[key]):
+            raise ValueError(f"{key} = {table[key]!r} is not {type_text(hints[key])}")
     weights = table.pop("weights")
     operators = {op: _rule(op, row, weights) for op, row in table.pop("operators").items()}
     if table.get("saturates") and (weights["format"], weights["symmetric"]) != ("int8", True):
@@ -315,11 +323,21 @@ def _weight_kernels(table: dict[str, Any]) -> WeightKernels:
     return WeightKernels(costs=costs, **plain)
 
 
+def _fixed(what: str, pair: Any) -> tuple[float, int]:
+    """Scale and zero point, of two numbers."""
+    if not fits(pair, list[float]) or len(pair) != 2 or not 0 < pair[0] < inf:
+        raise ValueError(f"{what} is a scale above 0 and a zero point, not {pair!r}")
+    return float(pair[0]), int(pair[1])
+
+
 def _rule(op: str, row: dict[str, Any], weights: dict[str, Any]) -> OpRule:
     _one_of(f"{op}: output", row.get("output", "any"), get_args(Output))
     rest = dict(row)
+    for key, value in row.get("attributes", {}).items():
+        if not isinstance(value, list):
+            raise ValueError(f"{op}: attribute {key} is a list of values, not {value!r}")
     attributes = {k: tuple(v) for k, v in rest.pop("attributes", {}).items()}
-    fixed = {k: (float(s), int(z)) for k, (s, z) in rest.pop("fixed", {}).items()}
+    fixed = {k: _fixed(f"{op}: fixed {k}", v) for k, v in rest.pop("fixed", {}).items()}
     own = rest.pop("weights", None)
     further = tuple(rest.pop("weight_formats", ()))
     if strange := set(further) - set(FORMATS):
