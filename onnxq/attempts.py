@@ -23,8 +23,8 @@ from onnxq.validation import Fidelity
 from onnxq.validation import compare as compare_outputs
 
 INT8_WARNING = (
-    "onnxruntime on x86 fails to load the result (a bug of its own, with int8 activations from opset "
-    f"21 on) unless its session option {runtime.INT8_ALLOWED} is 1; so it was compared"
+    "onnxruntime on x86 fails to load the result (a bug of its own, with int8 activations from "
+    f"opset 21 on) unless its session option {runtime.INT8_ALLOWED} is 1; so it was compared"
 )
 
 
