@@ -103,6 +103,14 @@ def test_dequantizes_as_onnxruntime_does(name: str, case: Any, granularity: str)
     np.testing.assert_array_equal(params.dequantize(q), unpacked(q, params, name, opset))
 
 
+def test_the_greatest_floats_do_as_onnxruntime_does() -> None:
+    w = np.array([np.finfo(np.float32).max, -3.3e38], np.float32)
+    for scheme in (QuantScheme("int8"), QuantScheme("uint8", symmetric=False)):
+        q, params = quantize_weight(w, scheme)
+        back = unpacked(q, params, scheme.format, 21)
+        np.testing.assert_array_equal(params.dequantize(q), back)
+
+
 @pytest.mark.parametrize("name", FLOAT8)
 def test_float8_is_rounded_and_saturated_as_onnxruntime_does(name: str) -> None:
     every = np.arange(256, dtype=np.uint8).view(FORMATS[name].dtype).astype(np.float32)
