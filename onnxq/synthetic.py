@@ -129,8 +129,9 @@ def _bounds(tensor: gs.Variable, dtype: np.dtype[Any]) -> tuple[int, int]:
             if node.op in ("Gather", "GatherElements") and index == 1:
                 table = node.inputs[0].shape
                 axis = int(node.attrs.get("axis", 0))
-                if table is not None and isinstance(table[axis], int) and table[axis] > 0:
-                    return 0, table[axis]
+                rows = table[axis] if table and -len(table) <= axis < len(table) else None
+                if isinstance(rows, int) and rows > 0:
+                    return 0, rows
             if node.op == "Equal":
                 other = values_of(node.inputs[1 - index])
                 if other is not None and other.size == 1 and dtype.kind in "iu":

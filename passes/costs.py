@@ -46,7 +46,7 @@ def _layer_ns(node: gs.Node, costs: Costs, shapes: Shapes) -> tuple[float, float
     if node.op not in ("Conv", "ConvTranspose"):
         rate = costs.operators.get(node.op, Rate())
         columns = (shapes.get(node.outputs[0].name) or node.outputs[0].shape or [1])[-1]
-        rows = size(node.outputs[0], shapes) / (columns if isinstance(columns, int) else 1)
+        rows = size(node.outputs[0], shapes) / max(1, columns if isinstance(columns, int) else 1)
         # With few rows each weight is read for few products: memory, not arithmetic, is the limit.
         in_floats = rate.float_element + rate.float_mac * k * (1 + rate.float_rows / rows)
         return in_floats, rate.integer_element + rate.integer_mac * k * (

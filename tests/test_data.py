@@ -180,6 +180,13 @@ def test_synthetic_ids_stay_inside_their_table() -> None:
     assert all(np.array_equal(a["x"], b["x"]) for a, b in zip(samples, again, strict=True))
 
 
+def test_an_axis_that_a_table_does_not_have() -> None:
+    """onnxruntime loads the model, but does not run it."""
+    table = "t = Constant<value_floats = [1.0, 2.0]>() y = Gather<axis = 4294967296>(t, x)"
+    with pytest.raises(DataError, match="give samples with --data"):
+        synthetic_samples(model("int64[3] x", table, "float[a] y"), 1)
+
+
 def test_a_negative_axis_is_a_free_one() -> None:
     """Some exporters write -1 for it; onnxruntime takes it so."""
     proto = model("float[N, 4, T] x", "y = Relu(x)", "float[a, b, c] y").to_proto()

@@ -393,6 +393,11 @@ DECLINES = [
 ]
 
 
+def test_results_without_elements_cost_nothing() -> None:
+    before = model("y = MatMul(x, v)", "float[4, 8] x, float[8, 0] v", "float[4, 0] y")
+    assert QuantizeStatic(load_target("ort-cpu"), samples(before))(before.copy()) is not None
+
+
 @pytest.mark.parametrize(("graph", "reason"), DECLINES)
 def test_declines_with_a_reason(graph: dict[str, Any], reason: str) -> None:
     before = model(**graph)
