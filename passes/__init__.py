@@ -22,6 +22,7 @@ from onnxq.passes.inline_functions import inline_functions
 from onnxq.passes.inline_if import inline_if
 from onnxq.passes.merge_reshapes import merge_reshapes
 from onnxq.passes.merge_slices import merge_slices
+from onnxq.passes.pool_first import pool_first
 from onnxq.passes.quantize_dynamic import QuantizeDynamic
 from onnxq.passes.quantize_static import QuantizeStatic
 from onnxq.passes.quantize_weights import QuantizeWeights
@@ -64,6 +65,7 @@ PASSES: dict[str, Pass | type[Any]] = {
     "inline_if": inline_if,
     "merge_reshapes": merge_reshapes,
     "merge_slices": merge_slices,
+    "pool_first": pool_first,
     "quantize_dynamic": QuantizeDynamic,
     "quantize_static": QuantizeStatic,
     "quantize_weights": QuantizeWeights,
@@ -100,6 +102,7 @@ __all__ = [
     "inline_if",
     "merge_reshapes",
     "merge_slices",
+    "pool_first",
     "share_initializers",
     "share_nodes",
     "simplify_qdq",

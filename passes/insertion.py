@@ -140,10 +140,10 @@ class Editor:
         """QuantizeLinear and DequantizeLinear behind `source`; the latter writes `result`."""
         constants = self.scale_and_zero_point(params, name)
         integers = self.model.emit(
-            "QuantizeLinear", source, *constants, name=f"{name}_quantized",
+            "QuantizeLinear", source, *constants, name=f"{name}_q",
             dtype=params.zero_point.dtype, shape=source.shape, at=self.model.home(source),
         )  # fmt: skip
-        return self.dequantize(integers, constants, f"{name}_dequantized", result)
+        return self.dequantize(integers, constants, f"{name}_dq", result)
 
     def dequantize(
         self,
@@ -271,7 +271,7 @@ class Editor:
 
     def integer_constant(self, name: str, q: NDArray[Any], params: QParams) -> gs.Tensor:
         """A constant in integers, and what dequantizes it."""
-        constant: gs.Tensor = self.model.constant(f"{name}_quantized", q)
+        constant: gs.Tensor = self.model.constant(f"{name}_q", q)
         if q.dtype != params.zero_point.dtype:  # to the kernels' format, once, at load
             kind = onnx.helper.np_dtype_to_tensor_dtype(params.zero_point.dtype)
             constant = self.model.emit(
@@ -282,7 +282,7 @@ class Editor:
         if params.group_size is not None:
             attrs["block_size"] = params.group_size
         constants = self.scale_and_zero_point(params, name)
-        return self.dequantize(constant, constants, f"{name}_dequantized", **attrs)
+        return self.dequantize(constant, constants, f"{name}_dq", **attrs)
 
     def axis(self, node: gs.Node, index: int) -> int | None:
         """The axis of the weight's scales, for groups that which is summed over; None: one scale.
@@ -355,7 +355,7 @@ class Editor:
         if key not in self.weights:
             values = np.asarray(values_of(tensor))
             q, params = quantize_weight(values, scheme, axis, self.weight_range)
-            wide, float32 = self.model.constant(f"{tensor.name}_quantized", q), np.dtype(np.float32)
+            wide, float32 = self.model.constant(f"{tensor.name}_q", q), np.dtype(np.float32)
             kind = onnx.TensorProto.FLOAT
             shape = [1] * values.ndim
             if params.axis is not None:
