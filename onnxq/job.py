@@ -16,13 +16,14 @@ Progress = Callable[[str, int, int], None]  # stage, done, total
 
 @dataclass(slots=True)
 class Job:
-    """What one run keeps; asked: overrides for single layers, and why one has no match so far."""
+    """What one run keeps. asked: overrides for single layers that the caller has given."""
 
     progress: Progress | None
+    asked: Sequence[str] = ()
     seconds: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     now: str = ""
-    asked: dict[Choice, str | None] = field(default_factory=dict)
+    matches: dict[Choice, str | None] = field(default_factory=dict)  # why there is none so far
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -43,16 +44,16 @@ class Job:
     @property
     def unmatched(self) -> list[str]:
         """Warnings for overrides that no pass found a layer for."""
-        return [text for text in self.asked.values() if text is not None]
+        return [text for text in self.matches.values() if text is not None]
 
     def run(self, pass_: Pass, model: Model) -> Sequence[Note]:
-        """Run a pass; see whether its overrides match anything."""
+        """Run a pass; see whether the caller's overrides match anything."""
+        given = set(Layers.parse(self.asked).all)
         overrides = Layers.parse(getattr(pass_, "layers", ()))
         found = overrides.matched(model)
-        for choice in overrides.all:
-            known = self.asked.get(choice, "")
-            self.asked[choice] = (
-                None if choice in found or known is None else no_match(choice, model)
-            )
+        for choice in given.intersection(overrides.all):
+            known = self.matches.get(choice, "")
+            is_matched = choice in found or known is None
+            self.matches[choice] = None if is_matched else no_match(choice, model)
         with self.stage(pass_.name):
             return pass_(model)

@@ -83,7 +83,7 @@ def calibrate(
     nothing in the model to calibrate, and as `optimize` does.
     """
     check_writable(output)
-    job, edited = Job(progress), load(model)
+    job, edited = Job(progress, layers), load(model)
     edited = edited.copy() if edited is model else edited
     chosen, aim = configured(load_recipe(recipe), settings, layers), load_target(target)
     fitted = [one for one in chosen.candidates if wants(one, "calibration")]

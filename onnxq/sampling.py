@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from onnxq import runtime
 from onnxq.data import ImageOptions, Samples, Spec, open_samples
 from onnxq.errors import DataError, RefusedError
@@ -12,6 +14,7 @@ from onnxq.synthetic import synthetic_samples
 
 SYNTHETIC = 32  # samples drawn when there is no data
 HELD_OUT = 256  # at most so many samples are kept from calibration
+Need = Literal["must", "may", "no"]
 NO_SAMPLES = Samples(
     lambda start, stop: iter(()), 0, "none: the model was not run", synthetic=True
 )  # fmt: skip
@@ -29,7 +32,25 @@ def samples_for(model: Model, data: Spec | None, images: ImageOptions | None = N
     return synthetic_samples(model, SYNTHETIC)
 
 
-def samples_to_compare(
+def samples_needed(
+    need: Need,
+    original: ModelLike,
+    edited: Model,
+    data: Spec | None,
+    images: ImageOptions | None,
+) -> tuple[Samples, str | None]:
+    """The samples of a run that must have some, or may compare on some; none, and why, if not.
+
+    Raises DataError as `samples_for` does.
+    """
+    if need == "no":
+        return NO_SAMPLES, None
+    if need == "must":
+        return samples_for(edited, data, images), None
+    return _samples_to_compare(original, edited, data, images)
+
+
+def _samples_to_compare(
     original: ModelLike, edited: Model, data: Spec | None, images: ImageOptions | None
 ) -> tuple[Samples, str | None]:
     """Samples where the recipe needs none; or none, and why nothing can be compared."""

@@ -18,7 +18,7 @@ from onnxq.model import Model
 from onnxq.recipes import Recipe, plan, wants
 from onnxq.runtime import Latency
 
-NEEDS_DATA = "needs --data"
+NEEDS_DATA, SAME = "needs --data", "the same as"
 SECONDS = 3.0  # for timing one result against the original
 
 
@@ -122,7 +122,7 @@ def _first_of_its_kind(candidate: Candidate, model: Model, seen: dict[str, str])
     """The candidate, closed if an earlier one came to the same model."""
     earlier = seen.setdefault(fingerprint(model), candidate.recipe)
     same = earlier != candidate.recipe
-    return replace(candidate, verdict=f"the same as {earlier}") if same else candidate
+    return replace(candidate, verdict=f"{SAME} {earlier}") if same else candidate
 
 
 def _judge(
@@ -179,10 +179,11 @@ def _none_of(
     recipe: Recipe, tries: Sequence[_Try], setting: Setting, min_sqnr: float
 ) -> BudgetError:
     """Why none will do; of those that lose too much, the layers to blame in the best."""
-    reasons = list(dict.fromkeys(one.candidate.verdict for one in tries))
-    if all(reason.startswith(NOTHING) or reason == NEEDS_DATA for reason in reasons):
-        hint = "; with --data more can be tried" if NEEDS_DATA in reasons else ""
-        return BudgetError(next(r for r in reasons if r != NEEDS_DATA) + hint)
+    verdicts = [one.candidate.verdict for one in tries]
+    reasons = [v for v in verdicts if v != NEEDS_DATA and not v.startswith(SAME)]
+    if reasons and all(reason.startswith(NOTHING) for reason in reasons):
+        hint = "; with --data more can be tried" if NEEDS_DATA in verdicts else ""
+        return BudgetError(reasons[0] + hint)
     told = "; ".join(f"{one.candidate.recipe}: {one.candidate.told()}" for one in tries)
     lossy = [one for one in tries if one.done and one.candidate.verdict != SLOWER]
     if not lossy:

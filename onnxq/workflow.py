@@ -21,7 +21,7 @@ from onnxq.plausibility import doubts
 from onnxq.preconditions import blames_the_model, check_output, require_budget, require_outputs
 from onnxq.recipes import load_recipe, plan, wants
 from onnxq.report import Report
-from onnxq.sampling import NO_SAMPLES, samples_for, samples_to_compare, split
+from onnxq.sampling import NO_SAMPLES, Need, samples_needed, split
 from onnxq.selection import choose_one, run_one
 from onnxq.settings import Settings, configured
 from onnxq.targets import Target, load_target
@@ -67,16 +67,13 @@ def optimize(
     (nothing is written then).
     """
     require_budget(min_sqnr, validate=validate)
-    job, written = Job(progress), None if dry_run else output
+    job, written = Job(progress, asked=layers), None if dry_run else output
     with job.stage("load"):
         chosen, aim = configured(load_recipe(recipe), settings, layers), load_target(target)
         plan(chosen, aim, None)  # what cannot be is refused before the model is read
-        original = model if isinstance(model, str | os.PathLike) else load(model).copy()
-        edited = load(original).copy() if isinstance(original, Model) else load(original)
+        original, edited = _opened(model)
         if chosen.choose and validate is False:
-            raise RecipeError(
-                f"{chosen.name} has to compare what it chooses from: no --no-validate"
-            )
+            raise RecipeError(f"{chosen.name} has to compare its candidates: no --no-validate")
         if written is not None:
             check_output(model, edited, written, (data, calibration))
             if aim.file_format == "ort":
@@ -88,18 +85,16 @@ def optimize(
     with blames_the_model(original, name_of(model), chosen.name if runs else None):
         with job.stage("load"):
             must = runs or bool(validate) or min_sqnr is not None
-            if not must and validate is None:
-                samples, why = samples_to_compare(original, edited, data, images)
-                job.warnings += [f"not compared with the original: {why}"] if why else []
-            else:
-                samples = samples_for(edited, data, images) if must else NO_SAMPLES
+            need: Need = "must" if must else "may" if validate is None else "no"
+            samples, why = samples_needed(need, original, edited, data, images)
+            job.warnings += [f"not compared with the original: {why}"] if why else []
             job.warnings += doubts(edited, samples)
             job.warnings += [SYNTHETIC_RANGES] if fits and data is None else []
             fitting, held = split(samples)
+            compared = NO_SAMPLES if validate is False else held
         with _statistics_file(calibration) as statistics:
             setting = Setting(
-                original, aim, fitting, NO_SAMPLES if validate is False else held, statistics,
-                COMPARE_SECONDS, allow_unchanged, job,
+                original, aim, fitting, compared, statistics, COMPARE_SECONDS, allow_unchanged, job
             )  # fmt: skip
             if chosen.choose:
                 found = choose_one(
@@ -109,7 +104,6 @@ def optimize(
             else:
                 found = run_one(chosen, edited, setting, min_sqnr)
     done = found.attempt
-    job.warnings += [*done.warnings, *job.unmatched]
     with job.stage("write"):
         size, also = _written(done.model, written, aim)
     used = f"{len(fitting)} for calibration: " if wants(done.recipe, "samples") else ""
@@ -128,12 +122,20 @@ def optimize(
         coverage=done.coverage,
         fidelity=done.fidelity,
         latency=found.latency,
-        warnings=tuple(job.warnings),
+        warnings=(*job.warnings, *done.warnings, *job.unmatched),
         seconds=job.seconds,
         environment=runtime.environment(),
         also_written=tuple(map(str, also)),
         candidates=found.candidates,
     )
+
+
+def _opened(model: ModelLike) -> tuple[ModelLike, Model]:
+    """The original, which nobody changes, and a model to edit."""
+    if isinstance(model, str | os.PathLike):
+        return model, load(model)
+    original = load(model).copy()
+    return original, original.copy()
 
 
 @contextmanager

