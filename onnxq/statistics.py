@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, Self
 
 import numpy as np
@@ -98,6 +98,12 @@ class Histogram:
         )
 
     __hash__ = None  # type: ignore[assignment]
+
+    def leaning(self, share: float) -> Histogram:
+        """The histogram in which negative values count `share` (above 0) as much as they do."""
+        weight = np.uint64(max(1, round(1 / share)))
+        counts = np.where(self.bins < histograms.ZERO, self.counts, self.counts * weight)
+        return replace(self, counts=counts)
 
     def range(
         self, method: Method, *, bits: int = 8, symmetric: bool = False

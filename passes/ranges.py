@@ -16,6 +16,7 @@ from onnxq.statistics import Histogram, Method
 from onnxq.targets import Target
 
 Group = frozenset[str]
+LEAST_SLOPE = 1e-3
 
 
 def activation_params(
@@ -52,6 +53,7 @@ def _in_format(
     """The parameters by tensor name, in one format."""
     activations, numbers = replace(target.activations, format=format), FORMATS[format]
     useful, stored = _useful_ranges(model, placement), _stored_ranges(target, placement)
+    slopes = _slopes(model, placement)
     demanded = {
         pair: QParams(np.array(pair[0], np.float32), np.array(pair[1], numbers.dtype))
         for pair in set(demands.values())
@@ -63,6 +65,8 @@ def _in_format(
         group = placement.sources[tensor.name]
         if group not in known:
             merged = reduce(Histogram.merge, (statistics[name] for name in sorted(group)))
+            if method == "mse" and (slope := slopes.get(group, 1.0)) < 1:
+                merged = merged.leaning(max(slope, LEAST_SLOPE) ** 2)
             found = merged.range(method, bits=numbers.bits, symmetric=activations.symmetric)
             lo, hi = np.clip(found, *useful[group])
             least, most = stored.get(group, (0.0, 0.0))
@@ -81,6 +85,20 @@ def _useful_ranges(model: Model, placement: Placement) -> dict[Group, tuple[floa
         before = useful.get(group, (np.inf, -np.inf))
         useful[group] = min(lo, before[0]), max(hi, before[1])
     return useful
+
+
+def _slopes(model: Model, placement: Placement) -> dict[Group, float]:
+    """How steep readers are for negative values, where all of a group's tensors go into LeakyRelu.
+
+    An error of a negative value counts only so much behind it.
+    """
+    slopes: dict[Group, float] = {}
+    for tensor in placement.tensors():
+        leaky = all(n.op == "LeakyRelu" for n in tensor.outputs) and not model.is_output(tensor)
+        found = [abs(float(n.attrs.get("alpha", 0.01))) for n in tensor.outputs] if leaky else []
+        group = placement.sources[tensor.name]
+        slopes[group] = max([slopes.get(group, 0.0), *(found or [1.0])])
+    return slopes
 
 
 def _stored_ranges(target: Target, placement: Placement) -> dict[Group, tuple[float, float]]:
