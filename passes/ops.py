@@ -11,7 +11,7 @@ A new operator is a new row. Roles:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -157,6 +157,18 @@ def clamp_bounds(node: gs.Node) -> tuple[float, float] | None:
                 return None
             bounds[i] = float(value.reshape(()))
     return float(bounds[0]), float(bounds[1])
+
+
+def bias_vector(
+    tensor: gs.Tensor, weight_shape: Sequence[int], axis: int | None, repeats: int
+) -> NDArray[np.float64]:
+    """The bias as one value an output channel: Gemm's may be a scalar or a row."""
+    bias = np.asarray(values_of(tensor), np.float64).reshape(-1)
+    return (
+        np.repeat(bias, weight_shape[axis] * repeats)
+        if bias.size == 1 and axis is not None
+        else bias
+    )
 
 
 def useful_range(model: Model, tensor: gs.Tensor) -> tuple[float, float]:

@@ -305,7 +305,7 @@ def _integers(node: gs.Node) -> list[gs.Tensor]:
 
 
 def _is_dense(node: gs.Node) -> bool:
-    return node.op == "Conv" and node.attrs.get("group", 1) == 1
+    return bool(node.op == "Conv" and node.attrs.get("group", 1) == 1)
 
 
 def _is_spread(node: gs.Node) -> bool:

@@ -113,7 +113,7 @@ def test_degenerate_data_keeps_its_range(
 
 
 def test_refuses_unknown_methods_and_no_data() -> None:
-    with pytest.raises(ValueError, match="minmax, percentile, mse, entropy"):
+    with pytest.raises(ValueError, match="minmax, percentile, mse, careful, entropy"):
         search(Density.of(NORMAL), "kl")
     with pytest.raises(ValueError, match="no finite value"):
         Density.of_counts(histograms.NONE, np.inf, -np.inf)
