@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from onnxq.numerics import histograms, ranges
 
-Method = Literal["minmax", "percentile", "entropy", "mse"]
+Method = Literal["minmax", "percentile", "entropy", "mse", "careful"]
 
 
 class Statistic(Protocol):

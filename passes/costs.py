@@ -4,9 +4,10 @@
     integer layer    e + m K + (t taps + p K) / C                 K products, C output channels
 
 with K the products that one output element sums, and taps the positions of a convolution's kernel,
-whose inputs are gathered once a position and not once a channel. Float channels come in blocks: with
-C of them c = ceil(C / block) block / C, and one block alone reads its inputs for little work, so that
-m grows by half. Integer channels come in lanes; layers are counted as `widen_channels` makes them.
+whose inputs are gathered once a position and not once a channel. Float channels come in blocks:
+with C of them c = ceil(C / block) block / C, and one block alone reads its inputs for little work,
+so that m grows by half. Integer channels come in lanes; layers are counted as `widen_channels`
+makes them.
 """
 
 from __future__ import annotations

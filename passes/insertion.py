@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from onnxq.numerics.saturation import safe_scale
 from onnxq.passes.ops import (
     OPS,
     activation_inputs,
+    bias_vector,
     clamp_bounds,
     is_constant,
     kernel_rows,
@@ -38,6 +39,7 @@ from onnxq.schemes import (
 from onnxq.targets import Target
 
 WeightMethod = Literal["minmax", "mse"]
+NEGATIVE = 1 / 3  # the share of a range below 0 up to which values count as mostly positive
 
 
 class Editor:
@@ -239,7 +241,7 @@ class Editor:
         node: the layer whose kernel must not saturate, where the target's can.
         """
         guarded = node if node is not None and self.target.saturates else None
-        is_balanced = guarded is None and node is not None and node.op == "Conv"
+        is_balanced = guarded is None and node is not None and self.is_balanced(node)
         group = guarded and (guarded.op, guarded.attrs.get("transB", 0))
         key = (id(tensor), scheme, axis, group, is_balanced)
         if key not in self.weights:
@@ -255,6 +257,13 @@ class Editor:
                 params = replace(params, zero_point=params.zero_point.astype(wide))
             self.weights[key] = self.integer_constant(tensor.name, q, params), params
         return self.weights[key]
+
+    def is_balanced(self, node: gs.Node) -> bool:
+        """Whether rounding errors should cancel: in convolutions of mostly positive values."""
+        if node.op != "Conv":
+            return False
+        numbers, zero = FORMATS[self.format_of(node)], self.params[id(node.inputs[0])].zero_point
+        return float(zero) - numbers.qmin <= NEGATIVE * (numbers.qmax - numbers.qmin)
 
     def guard(self, node: gs.Node, values: NDArray[Any], params: QParams) -> QParams:
         """Scales with which no pair of products exceeds 16 bits, see `numerics.saturation`."""
@@ -317,7 +326,7 @@ class Editor:
         if has_bias and not self.float_bias and params.group_size is None:
             x_scale = float(self.params[id(node.inputs[0])].scale)
             repeats = node.attrs.get("group", 1) if node.op == "ConvTranspose" else 1
-            bias = _bias_vector(node.inputs[at], weight.shape, axis, repeats)
+            bias = bias_vector(node.inputs[at], weight.shape, axis, repeats)
             # As far as the integers go, with a bit to spare for the sum that they are added to.
             limit = 2.0 ** (self.target.bias_bits - 2)
             least = np.abs(bias).reshape(repeats, -1).max(0) / (x_scale * limit)
@@ -385,15 +394,3 @@ class Editor:
         scale = (x_scale * w_scale).astype(np.float32)
         q = np.rint(bias / scale.astype(np.float64)).astype(np.int32)
         return self.integer_constant(name, q, QParams(scale, np.zeros(scale.shape, np.int32), axis))
-
-
-def _bias_vector(
-    tensor: gs.Tensor, weight_shape: Sequence[int], axis: int | None, repeats: int
-) -> NDArray[np.float64]:
-    """The bias as one value an output channel: Gemm's may be a scalar or a row."""
-    bias = np.asarray(values_of(tensor), np.float64).reshape(-1)
-    return (
-        np.repeat(bias, weight_shape[axis] * repeats)
-        if bias.size == 1 and axis is not None
-        else bias
-    )

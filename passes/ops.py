@@ -11,7 +11,7 @@ A new operator is a new row. Roles:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -172,6 +172,18 @@ def pads_zero(node: gs.Node) -> bool:
         return bool(node.attrs.get("value", 0.0) == 0.0)
     value = values_of(node.inputs[2])
     return value is not None and not value.any()
+
+
+def bias_vector(
+    tensor: gs.Tensor, weight_shape: Sequence[int], axis: int | None, repeats: int
+) -> NDArray[np.float64]:
+    """The bias as one value an output channel: Gemm's may be a scalar or a row."""
+    bias = np.asarray(values_of(tensor), np.float64).reshape(-1)
+    return (
+        np.repeat(bias, weight_shape[axis] * repeats)
+        if bias.size == 1 and axis is not None
+        else bias
+    )
 
 
 def useful_range(model: Model, tensor: gs.Tensor) -> tuple[float, float]:

@@ -69,8 +69,9 @@ class QuantizeWeights:
     are chosen; importance weighs errors by the mean squares of what the weight is multiplied with,
     seen in samples. rounding: half to even, or stochastic by `seed`. encoding: compute takes a
     kernel for integer weights wherever the target has one, auto where it is also faster, storage
-    never. recurrent_group: in LSTM, GRU and RNN, whose errors add up from step to step, so many values
-    share a scale instead of a channel's (0: a channel's). layers: "PATTERN=FORMAT" for single layers, the last match wins.
+    never. recurrent_group: in LSTM, GRU and RNN, whose errors add up from step to step, so many
+    values share a scale instead of a channel's (0: a channel's). layers: "PATTERN=FORMAT" for
+    single layers, the last match wins.
     """
 
     format: str = "int8"

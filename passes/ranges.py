@@ -65,7 +65,7 @@ def _in_format(
         group = placement.sources[tensor.name]
         if group not in known:
             merged = reduce(Histogram.merge, (statistics[name] for name in sorted(group)))
-            if method == "mse" and (slope := slopes.get(group, 1.0)) < 1:
+            if method in ("mse", "careful") and (slope := slopes.get(group, 1.0)) < 1:
                 merged = merged.leaning(max(slope, LEAST_SLOPE) ** 2)
             found = merged.range(method, bits=numbers.bits, symmetric=activations.symmetric)
             lo, hi = np.clip(found, *useful[group])

@@ -13,9 +13,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from math import prod
+from typing import Any, Literal
 
 import numpy as np
 import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
 
 from onnxq.core import Note
 from onnxq.model import Model, producer, readers, values_of
@@ -24,11 +26,8 @@ from onnxq.targets import Costs, Target
 
 NAME = "widen_channels"
 # Operators that treat each channel on its own, as many going in as coming out.
-UNARY = frozenset(
-    ("MaxPool", "AveragePool", "GlobalAveragePool", "LeakyRelu", "Sigmoid", "Relu", "Clip")
-)
+UNARY = frozenset(("MaxPool", "AveragePool", "GlobalAveragePool", "LeakyRelu", "Sigmoid"))
 BINARY = frozenset(("Add", "Mul"))
-CLAMPS = frozenset(("Relu", "Clip"))
 # What Pad and Slice cost, and what a fast convolution does at least (see ort-cpu.toml), in ns.
 EDGE_NODE, EDGE_ELEMENT, FAST_POSITION = 1500.0, 0.3, 4.0
 # Pixels where the size is not known.
@@ -52,7 +51,7 @@ class _Group:
 
     def channels(self) -> int | None:
         """Of all its tensors; None where the convolutions do not agree."""
-        counts = {n.inputs[1].shape[0] for n in (*self.writers, *self.depthwise)}
+        counts: set[int] = {n.inputs[1].shape[0] for n in (*self.writers, *self.depthwise)}
         counts |= {n.inputs[1].shape[1] for n in self.readers}
         return counts.pop() if len(counts) == 1 else None
 
@@ -109,7 +108,7 @@ def _width(group: _Group, channels: int, costs: Costs) -> int:
 
 
 def _added_bytes(group: _Group, more: int) -> int:
-    size = sum(prod(n.inputs[1].shape[1:]) for n in (*group.writers, *group.depthwise))
+    size: int = sum(prod(n.inputs[1].shape[1:]) for n in (*group.writers, *group.depthwise))
     size += sum(n.inputs[1].shape[0] * prod(n.inputs[1].shape[2:]) for n in group.readers)
     return size * more
 
@@ -178,7 +177,7 @@ class _Net:
         edges = [t for t in group.taken if any(True for _ in self.internal(t))]
         edges += [t for t in group.made if self.outside(t)]
         loss = sum(EDGE_NODE + EDGE_ELEMENT * width * _pixels(t) for t in edges)
-        return gain > loss
+        return bool(gain > loss)
 
     def outside(self, tensor: gs.Tensor) -> list[gs.Node]:
         """What reads the tensor and is no integer node: operators, or DequantizeLinear for them."""
@@ -271,14 +270,9 @@ class _Net:
 
 
 def _unit(model: Model, quantize: gs.Node) -> gs.Node | None:
-    """The integer node in front of a QuantizeLinear, over a clamp or none."""
+    """The integer node in front of a QuantizeLinear."""
     tensor = quantize.inputs[0]
     node = producer(tensor)
-    while node is not None and node.op in CLAMPS and len(tensor.outputs) == 1:
-        before = producer(node.inputs[0])
-        if before is None or before.op == "DequantizeLinear" or model.is_output(tensor):
-            break
-        tensor, node = node.inputs[0], before
     if node is None or len(tensor.outputs) != 1 or model.is_output(tensor):
         return None
     data = _integers(node)
@@ -311,13 +305,13 @@ def _integers(node: gs.Node) -> list[gs.Tensor]:
 
 
 def _is_dense(node: gs.Node) -> bool:
-    return node.op == "Conv" and node.attrs.get("group", 1) == 1
+    return bool(node.op == "Conv" and node.attrs.get("group", 1) == 1)
 
 
 def _is_spread(node: gs.Node) -> bool:
     """Whether each output channel reads all inputs, or one of its own."""
     group, weight = node.attrs.get("group", 1), node.inputs[1].shape
-    return weight is not None and (group == 1 or (weight[1] == 1 and weight[0] == group))
+    return bool(weight is not None and (group == 1 or (weight[1] == 1 and weight[0] == group)))
 
 
 def _pixels(tensor: gs.Tensor) -> float:
@@ -356,9 +350,11 @@ def _grown(model: Model, tensor: gs.Tensor, axis: int, more: int) -> gs.Tensor:
     )  # fmt: skip
 
 
-def _padded(tensor: gs.Tensor, axis: int, more: int, mode: str) -> np.ndarray:
+def _padded(
+    tensor: gs.Tensor, axis: int, more: int, mode: Literal["constant", "edge"]
+) -> NDArray[Any]:
     values = np.asarray(values_of(tensor))
-    return np.pad(values, _ends(values.ndim, axis, more), mode)  # type: ignore[call-overload]
+    return np.asarray(np.pad(values, _ends(values.ndim, axis, more), mode))
 
 
 def _ends(rank: int, axis: int, more: int) -> list[tuple[int, int]]:

@@ -10,6 +10,7 @@ from onnxq.numerics import histograms
 from onnxq.numerics.metrics import sqnr_db
 from onnxq.numerics.ranges import Density, search
 from onnxq.schemes import QuantScheme
+from onnxq.statistics import Histogram
 
 RNG = np.random.default_rng(7)
 NORMAL = RNG.normal(size=100_000).astype(np.float32)
@@ -57,7 +58,7 @@ def test_mse_is_near_the_best_of_an_exhaustive_search(name: str, symmetric: bool
     assert found >= best - 0.3
 
 
-@pytest.mark.parametrize("method", ["minmax", "percentile", "mse", "entropy"])
+@pytest.mark.parametrize("method", ["minmax", "percentile", "mse", "careful", "entropy"])
 @pytest.mark.parametrize(("name", "symmetric"), CASES)
 def test_ranges_hold_zero_and_lie_inside_of_the_extremes(
     name: str, symmetric: bool, method: str
@@ -89,7 +90,7 @@ def test_percentile_is_numpys_quantile_to_a_bin() -> None:
     np.testing.assert_allclose(hi, np.quantile(np.abs(NORMAL), 1 - 1e-4), rtol=0.01)
 
 
-@pytest.mark.parametrize("method", ["minmax", "percentile", "mse", "entropy"])
+@pytest.mark.parametrize("method", ["minmax", "percentile", "mse", "careful", "entropy"])
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize(
     "x",
@@ -112,7 +113,7 @@ def test_degenerate_data_keeps_its_range(
 
 
 def test_refuses_unknown_methods_and_no_data() -> None:
-    with pytest.raises(ValueError, match="minmax, percentile, mse, entropy"):
+    with pytest.raises(ValueError, match="minmax, percentile, mse, careful, entropy"):
         search(Density.of(NORMAL), "kl")
     with pytest.raises(ValueError, match="no finite value"):
         Density.of_counts(histograms.NONE, np.inf, -np.inf)
@@ -140,3 +141,16 @@ def test_each_value_lies_in_its_bin(values: list[float]) -> None:
     assert (finite <= right[index]).all()
     normal = np.abs(finite) > 1e-37
     assert ((right - left)[index] <= np.abs(finite) / 127)[normal].all()
+
+
+def test_careful_clips_less_than_mse() -> None:
+    x = np.random.default_rng(2).standard_t(3, 100_000).astype(np.float32)
+    mse, careful, minmax = (search(Density.of(x), m) for m in ("mse", "careful", "minmax"))
+    assert minmax[0] < careful[0] < mse[0] < 0 < mse[1] < careful[1] < minmax[1]
+
+
+def test_leaning_gives_the_range_to_positive_values() -> None:
+    x = np.random.default_rng(2).normal(0, 1, 100_000).astype(np.float32)
+    plain, leaning = (h.range("mse") for h in (Histogram.of(x), Histogram.of(x).leaning(0.01)))
+    assert leaning[0] > plain[0] + 0.5
+    assert leaning[1] >= plain[1]

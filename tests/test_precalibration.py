@@ -62,7 +62,7 @@ def test_ranges_of_a_recipe_are_tried_on_one_calibration(tmp_path: Path) -> None
     for method in ("minmax", "mse"):
         recipe = tmp_path / f"{method}.toml"
         text = run("recipes", "int8").stdout
-        recipe.write_text(text.replace('\nrange = "mse"', f'\nrange = "{method}"'))
+        recipe.write_text(text.replace('\nrange = "careful"', f'\nrange = "{method}"'))
         outs = [tmp_path / "with.onnx", tmp_path / "without.onnx"]
         for out, calibration in zip(outs, (stats, None), strict=True):
             onnxq.optimize(

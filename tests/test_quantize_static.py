@@ -416,6 +416,27 @@ def test_the_cheap_output_convolution_stays_float() -> None:
     assert fidelity(before, after) > 25
 
 
+@pytest.mark.parametrize("pool", ["GlobalAveragePool(e)", "ReduceMean<axes = [2, 3]>(e)"])
+def test_an_output_convolution_that_is_averaged_need_not(pool: str) -> None:
+    before = model(f"c = Conv(x, w) d = Conv(c, w) e = Conv<group = 8>(d, wd) y = {pool}")
+    after, notes = quantized(before)
+    assert all(n.changed for n in notes)
+    assert fidelity(before, after) > 25
+
+
+def test_negative_values_count_little_before_leaky_relu() -> None:
+    """The range in front of it goes to the positive side."""
+    before = model("c = Conv(x, w) d = LeakyRelu<alpha = 0.05>(c) y = Conv(d, w)")
+    scales = {}
+    for method in ("minmax", "careful"):
+        after, _ = quantized(before, range=method)
+        (leaky,) = after.nodes("LeakyRelu")
+        _, scale, zero = leaky.inputs[0].inputs[0].inputs
+        scales[method] = float(scale.values), int(zero.values)
+    assert scales["careful"][0] < 0.95 * scales["minmax"][0]
+    assert scales["careful"][1] < scales["minmax"][1]
+
+
 def test_parts_of_a_concat_with_other_ranges_stay_float() -> None:
     before = model(
         "c = Conv(x, w2) s = Sigmoid(c) d = Conv(x, w2) t = Mul(d, const)"
@@ -521,7 +542,7 @@ def test_a_second_run_changes_nothing() -> None:
     assert twice.to_proto() == once.to_proto()
 
 
-@pytest.mark.parametrize("method", ["minmax", "percentile", "entropy", "mse"])
+@pytest.mark.parametrize("method", ["minmax", "percentile", "entropy", "mse", "careful"])
 def test_range_methods(method: str) -> None:
     before = model(f"c = Conv(x, w, b) r = Relu(c) e = Conv(r, w2) {TAIL}", outputs="float[a, b] y")
     after, _ = quantized(before, range=method)

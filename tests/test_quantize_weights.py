@@ -294,3 +294,16 @@ def test_layers_of_other_formats() -> None:
     notes = QuantizeWeights("int4", "group", 16, symmetric=True, layers=("last=int8",))(after)
     assert "int4 in groups of 16" in notes[0].text
     assert "int8 per channel" in notes[1].text
+
+
+def test_recurrent_weights_share_scales_in_groups() -> None:
+    """Errors go round: fewer values a scale lose less. 0 asks for a channel's scales."""
+    before = model(*CASES["LSTM"])
+    db = []
+    for group in (16, 0, 4):
+        after = before.copy()
+        QuantizeWeights(encoding="storage", recurrent_group=group)(after)
+        db.append(sqnr_db(outputs(before), outputs(after)))
+    by_16, by_channel, by_4 = db
+    assert by_4 > by_16
+    assert by_4 > by_channel + 3

@@ -36,7 +36,8 @@ OPTIONS = (
         "--range", type=click.Choice(RANGES), help="How ranges of weights are chosen."
     ),
     click.option(
-        "--activation-range", type=click.Choice(["minmax", "percentile", "entropy", "mse"]),
+        "--activation-range",
+        type=click.Choice(["minmax", "percentile", "entropy", "mse", "careful"]),
         help="How ranges of activations are chosen.",
     ),
     click.option(

@@ -1,11 +1,11 @@
 """Rounding whose errors cancel in the sums that a layer computes.
 
-Activations are mostly positive and neighbouring pixels alike, so that what a layer's output loses is
-led by the *sum* of its weights' rounding errors, over each kernel and over all that goes into one
-output channel. To the nearest, that sum is of the order of sqrt(n) / 4 steps. Here as many values as
-it takes, those closest to the middle between two integers first, are rounded the other way, until no
-sum is off by more than half a step (Guo et al., "SQuant: On-the-Fly Data-Free Quantization via
-Diagonal Hessian Approximation", 2022, sections 3.2 and 3.3). No data is needed.
+Activations are mostly positive and neighbouring pixels alike, so that what a layer's output loses
+is led by the *sum* of its weights' rounding errors, over each kernel and over all that goes into
+one output channel. To the nearest, that sum is of the order of sqrt(n / 12) steps. Here as many
+values as it takes, those closest to the middle between two integers first, are rounded the other
+way, until no sum is off by more than half a step (Guo et al., "SQuant: On-the-Fly Data-Free
+Quantization via Diagonal Hessian Approximation", 2022, sections 3.2 and 3.3). No data is needed.
 """
 
 from __future__ import annotations

@@ -3,11 +3,15 @@
     minmax      the extremes: nothing is clipped
     percentile  all but 0.01 % of the values, half of that cut at either end
     mse         least expected squared error, rounding and clipping together
+    careful     the same with the clipping error counted three times
     entropy     least Kullback-Leibler divergence between the clipped values' distribution and the
                 piecewise constant one that the grid can tell apart
 
 Rounding error (mse): s^2 / 12 for a value between grid points s apart (Bennett 1948), x^2 for
 |x| < s / 2, which becomes 0: after a ReLU much of the mass is there. Clipping error: (|x| - T)^2.
+Rounding errors go both ways and cancel in the sums of the next layer; what is clipped is always
+lost, which `careful` allows for. (A factor of 3: 0.1 to 0.9 dB more than mse in six nets of six; 10
+is worse in three of them.)
 
 Divergence (entropy), after S. Migacz, "8-bit Inference with TensorRT", GTC 2017: P is the reference
 with what lies outside added to the outermost cell, Q spreads each cell's mass evenly over the cell,
@@ -162,6 +166,16 @@ def mse(density: Density, bits: int, symmetric: bool) -> tuple[float, float]:
     return _least(density, _squared_error, bits, symmetric)
 
 
+def careful(density: Density, bits: int, symmetric: bool) -> tuple[float, float]:
+    """Least expected squared error where clipping counts CLIPPED times."""
+
+    def loss(density: Density, negative: Array, positive: Array, step: Array) -> Array:
+        return _squared_error(density, negative, positive, step, CLIPPED)
+
+    return _least(density, loss, bits, symmetric)
+
+
+CLIPPED = 3.0
 FEW = 64  # values a cell, zeros not counted, below which a divergence is mostly noise
 
 
@@ -177,6 +191,7 @@ METHODS: dict[str, Callable[[Density, int, bool], tuple[float, float]]] = {
     "minmax": minmax,
     "percentile": percentile,
     "mse": mse,
+    "careful": careful,
     "entropy": entropy,
 }
 
@@ -233,13 +248,16 @@ def _least(density: Density, loss: Loss, bits: int, symmetric: bool) -> tuple[fl
     return 0.0 - float(low[0]), float(high[0])
 
 
-def _squared_error(density: Density, negative: Array, positive: Array, step: Array) -> Array:
+def _squared_error(
+    density: Density, negative: Array, positive: Array, step: Array, clipped: float = 1.0
+) -> Array:
     """Sum squared errors of grids that span [-negative, positive] in steps of `step`."""
     error = np.zeros_like(step)
     for side, end in ((density.negative, negative), (density.positive, positive)):
         dead = np.minimum(step / 2, end)
         rounded = side.upto(side.mass, end) - side.upto(side.mass, dead)
-        error += side.upto(side.second, dead) + rounded * step**2 / 12 + side.clipping(end)
+        error += side.upto(side.second, dead) + rounded * step**2 / 12
+        error += clipped * side.clipping(end)
     return error
 
 

@@ -66,8 +66,8 @@ class Costs:
     """What things cost on a target, in nanoseconds, measured; only ratios matter.
 
     float_node, integer_node: for a node, whatever its size. quantize, dequantize: an element that
-    changes between floats and integers; layout: what the change of memory layout adds to that around
-    convolutions. block: channels that one vector of floats holds.
+    changes between floats and integers; layout: what the change of memory layout adds to that
+    around convolutions. block: channels that one vector of floats holds.
     input_lanes, output_lanes, depthwise_lanes: the fast integer convolution takes channels in
     multiples of the first and the last, and writes at least the second; others take twice the time.
     """
