@@ -322,8 +322,11 @@ def balance(
 ) -> NDArray[Any]:
     """The integers q of a weight, some of them rounded the other way: see `numerics.balancing`.
 
-    axis: the operator's output channels; params has one scale, or one for each of them.
+    axis: the operator's output channels; params has one scale, one for each of them, or (w of shape
+    [channels, values]) one for each group of values: then each group's sum is balanced.
     """
+    if params.group_size is not None:
+        return _balanced_groups(w, q, scheme, params)
     shape = [-1 if i == params.axis else 1 for i in range(w.ndim)]
     scale, zero = (a.astype(np.float64).reshape(shape) for a in (params.scale, params.zero_point))
     exact = np.moveaxis(w / scale + zero, axis, 0)
@@ -331,3 +334,19 @@ def balance(
     rounded = np.moveaxis(q, axis, 0).astype(np.float64)
     better = balanced(exact.reshape(rows), rounded.reshape(rows), scheme.qmin, scheme.qmax)
     return np.moveaxis(better.reshape(exact.shape), 0, axis).astype(q.dtype)
+
+
+def _balanced_groups(
+    w: NDArray[Any], q: NDArray[Any], scheme: QuantScheme, params: QParams
+) -> NDArray[Any]:
+    size = params.group_size
+    assert size is not None
+    scale, zero = (
+        np.repeat(a.astype(np.float64), size, axis=1)[:, : w.shape[1]]
+        for a in (params.scale, params.zero_point)
+    )
+    parts = (w / scale + zero, q.astype(np.float64))
+    short = [(0, 0), (0, -w.shape[1] % size)]  # exact zeros, which nothing moves
+    exact, rounded = (np.pad(part, short).reshape(-1, size, 1) for part in parts)
+    better = balanced(exact, rounded, scheme.qmin, scheme.qmax).reshape(len(w), -1)
+    return better[:, : w.shape[1]].astype(q.dtype)

@@ -66,6 +66,11 @@ class Held:
         """Values in a row."""
         return prod(self.shape[a] for a in self.summed)
 
+    @property
+    def taps(self) -> int:
+        """Values in a row for each index of the first summed axis: a convolution's kernel."""
+        return prod(self.shape[a] for a in self.summed[1:])
+
     def rows(self, values: NDArray[Any]) -> NDArray[Any]:
         """The weight as [channels, values]; a view where the summed axes are last."""
         return values.transpose(self.order).reshape(-1, self.length)

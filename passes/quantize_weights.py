@@ -42,19 +42,25 @@ from onnxq.passes.weight_kernels import why_no_gain, why_no_kernel
 from onnxq.passes.work import RECURRENT
 from onnxq.schemes import (
     FORMATS,
+    FloatFormat,
     Granularity,
     Method,
     PerChannel,
     PerGroup,
     PerTensor,
     QuantScheme,
-    Rounding,
+    balance,
     quantize_weight,
 )
 from onnxq.targets import Target
 from onnxq.weights import data_type_of, stored_size
 
 NAME = "quantize_weights"
+WIDER = {
+    "int8": "int16", "uint8": "uint16", "int4": "int8", "uint4": "uint8",
+    "int2": "int4", "uint2": "uint4",
+}  # fmt: skip
+CONVOLUTIONS = ("Conv", "ConvTranspose")
 OVERHEAD = 256  # bytes of the nodes and names that unpack a weight, about
 # Operators that a weight may go through; they read it unpacked, or it would be stored twice.
 MOVES = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Identity")
@@ -67,10 +73,12 @@ class QuantizeWeights:
     format: an integer format or a float8. granularity: one scale a tensor, channel or group of
     `group_size`. symmetric: no zero points. levels: use only so many integers. range: how scales
     are chosen; importance weighs errors by the mean squares of what the weight is multiplied with,
-    seen in samples. rounding: half to even, or stochastic by `seed`. encoding: compute takes a
-    kernel for integer weights wherever the target has one, auto where it is also faster, storage
-    never. recurrent_group: in LSTM, GRU and RNN, whose errors add up from step to step, so many
-    values share a scale instead of a channel's (0: a channel's). layers: "PATTERN=FORMAT" for
+    seen in samples. rounding: half to even; stochastic by `seed`; balanced in convolutions, so
+    that errors cancel (`numerics.balancing`). encoding: compute takes a kernel for integer weights
+    wherever the target has one, auto where it is also faster, storage never. recurrent_group: in
+    LSTM, GRU and RNN, whose errors add up from step to step, so many values share a scale instead
+    of a channel's (0: a channel's). wide_share: the smallest weights, together so large a part of
+    all, get twice the bits: layers of few weights show each step. layers: "PATTERN=FORMAT" for
     single layers, the last match wins.
     """
 
@@ -80,11 +88,12 @@ class QuantizeWeights:
     symmetric: bool = True
     levels: int | None = None
     range: Method = "minmax"
-    rounding: Rounding = "even"
+    rounding: Literal["even", "stochastic", "balanced"] = "even"
     seed: int = 0
     encoding: Literal["auto", "compute", "storage"] = "auto"
     smallest: int = 512
     recurrent_group: int = 16
+    wide_share: float = 0.0
     layers: tuple[str, ...] = ()
     target: Target | None = None
     samples: Samples | None = field(default=None, repr=False)
@@ -222,6 +231,29 @@ class _Work:
     def _declined(self, node: gs.Node, why: str) -> None:
         self.notes.append(Note(NAME, node.name, why, changed=False))
 
+    def _widened(self, jobs: list[_Job]) -> list[_Job]:
+        """The jobs, those of the smallest weights with twice the bits, while they are few bytes."""
+        wide = WIDER.get(self.options.format)
+        allowed = self.target.stored_formats if self.target is not None else ()
+        if wide is None or self.options.levels is not None or (allowed and wide not in allowed):
+            return jobs
+        sizes = {id(job.tensor): prod(job.held.shape) for job in jobs}
+        left = self.options.wide_share * sum(sizes.values())
+        small = set()
+        for key, size in sorted(sizes.items(), key=lambda item: item[1]):  # stable: graph order
+            left -= size
+            if left < 0:
+                break
+            small.add(key)
+        return [
+            replace(job, scheme=replace(job.scheme, format=wide))
+            if id(job.tensor) in small
+            and (job.encoding, job.scheme.format) == ("storage", self.options.format)
+            and id(job.node) not in self.choices
+            else job
+            for job in jobs
+        ]
+
     def _jobs(self) -> list[_Job]:
         """What is to be stored, and how; decided before anything is edited."""
         spared = _output_layers(self.model)
@@ -245,7 +277,7 @@ class _Work:
                     jobs.append(self._planned(node, held, scheme))
                 except Skip as reason:
                     self._declined(node, str(reason))
-        return jobs
+        return self._widened(jobs)
 
     def _planned(self, node: gs.Node, held: Held, scheme: QuantScheme) -> _Job:
         """Choose the encoding; raises Skip when there is none."""
@@ -308,12 +340,22 @@ class _Work:
         weights, method = importance.get((id(job.node), job.held.index)), self.options.range
         if method == "importance" and weights is None:
             method = "mse"
+        is_balanced = (
+            self.options.rounding == "balanced"
+            and job.node.op in CONVOLUTIONS
+            and not isinstance(job.scheme.numbers, FloatFormat)
+        )
         rows = job.held.rows(values.astype(np.float32))
         integers, params = quantize_weight(
             rows, job.scheme, None, method,
             importance=None if weights is None else job.held.importance(weights),
-            rounding=self.options.rounding, seed=self.options.seed + number,
+            rounding="stochastic" if self.options.rounding == "stochastic" else "even",
+            seed=self.options.seed + number,
         )  # fmt: skip
+        if is_balanced:
+            shape = rows.shape if params.group_size is not None else (len(rows), -1, job.held.taps)
+            exact, near = rows.reshape(shape), integers.reshape(shape)
+            integers = balance(exact, near, job.scheme, params, 0).reshape(rows.shape)
         return Packed(job.held, integers, params), method
 
 
