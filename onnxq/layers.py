@@ -10,8 +10,9 @@ FORMAT      what it means with fixed ranges (static)          in weight-only and
   int4 ...    4-bit weights; activations as the recipe says     int4 weights
   a16         16-bit activations; weights as the recipe says    nothing
   a16w4       16-bit activations, 4-bit weights                 int4 weights
-  w4          as int4                                           int4 weights
+  w4          4-bit weights, where the layer is quantized       int4 weights
 
+All but a width of weights alone (w4) ask for integers also where rules or costs are against them.
 Of several that match a layer the last wins. With fixed ranges a width is what counts: the target
 says whether activations, or the weights of an operator, have a sign.
 """
@@ -26,9 +27,9 @@ from fnmatch import fnmatchcase
 import onnx_graphsurgeon as gs
 
 from onnxq.errors import RecipeError, meant
+from onnxq.graphs import bodies_of, walk
 from onnxq.model import Model, producer
 from onnxq.schemes import FORMATS
-from onnxq.serialization import bodies_of, walk
 
 ACTIVATION_BITS, WEIGHT_BITS = ("8", "16"), ("2", "4", "8", "16")
 # Inputs that hold a layer's weight; in integer operators too: another pass may have been there.
@@ -63,6 +64,11 @@ class Choice:
     def is_float(self) -> bool:
         """Whether the layer is to stay as it is."""
         return self.format == "float"
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether the layer is to be quantized, whatever rules and costs say."""
+        return not self.is_float and re.fullmatch(r"w\d+|", self.format) is None
 
     @property
     def reason(self) -> str:

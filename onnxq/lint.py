@@ -15,12 +15,12 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from onnxq.conformance import Conformance, Finding
+from onnxq.graphs import op_type_of
 from onnxq.model import Model, producer, values_of
 from onnxq.numerics.saturation import excess
 from onnxq.operands import Operand, clamp_behind, dequantized, operand, parameters, results, roles
 from onnxq.passes.ops import OPS, activation_inputs, is_constant, kernel_rows, weight_axis
 from onnxq.schemes import FORMATS, PerChannel, QuantScheme
-from onnxq.serialization import op_type_of
 from onnxq.targets import Target, load_target
 
 INTEGER_OPS = frozenset(

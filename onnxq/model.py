@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import ChainMap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -20,20 +20,23 @@ from onnx_graphsurgeon.logger import G_LOGGER
 
 from onnxq.errors import ModelError
 from onnxq.files import PROTOBUF_LIMIT, DataFolder, atomic_writes, check_model, read_model
-from onnxq.opsets import align_functions, carry, convert
-from onnxq.serialization import (
+from onnxq.graphs import (
     DEFAULT_DOMAIN,
-    Exporter,
-    Importer,
     Node,
+    check_connected,
     local_tensors,
+    opset_of,
     origin_of,
     place,
+    plain_domain,
     remember,
     walk,
 )
-from onnxq.shapes import Merge, fill, known_shapes, same_types, symbols, take_types, update
+from onnxq.opsets import align_functions, carry, convert
+from onnxq.serialization import Exporter, Importer
+from onnxq.shapes import Merge, fill, inferred, same_types, shapes_with, symbols, take_types, update
 from onnxq.sweeping import sweep
+from onnxq.tensors import index_of, producer, readers, redirect, values_of
 from onnxq.weights import (
     SMALL,
     SPILLED,
@@ -46,7 +49,6 @@ from onnxq.weights import (
     Weight,
     bytes_in,
     inline,
-    values_in,
     without,
 )
 
@@ -153,7 +155,7 @@ class Model:
         return self._export(Placeholders(), infer=True)
 
     def _export(self, put: Put, *, infer: bool = False) -> onnx.ModelProto:
-        self._check_connected()
+        check_connected(self.nodes())
         placed = place(self.graph)
         self._complete_envelope(placed)
         proto = onnx.ModelProto()
@@ -161,22 +163,11 @@ class Model:
         Exporter(put, placed, infer).graph(self.graph, proto.graph)
         return proto
 
-    def _check_connected(self) -> None:
-        nodes = self.nodes()
-        present = {id(node) for node in nodes}
-        for node in nodes:
-            for tensor in node.inputs:
-                if any(id(source) not in present for source in tensor.inputs):
-                    raise ModelError(
-                        f"node {node.name!r} reads {tensor.name!r}, which is produced by a node "
-                        "that is not in the graph: a pass removed or misplaced it"
-                    )
-
     def _complete_envelope(self, placed: dict[int, list[gs.Constant]]) -> None:
         """Import the domains that are used; leave IR 3 when there is an initializer it lacks."""
-        imported = {_plain_domain(entry.domain) for entry in self.envelope.opset_import}
+        imported = {plain_domain(entry.domain) for entry in self.envelope.opset_import}
         for node in self.nodes():
-            domain = _plain_domain(node.domain)
+            domain = plain_domain(node.domain)
             if domain not in imported:
                 imported.add(domain)
                 version = 1 if domain else self.opset
@@ -315,37 +306,16 @@ class Model:
         self._infer(update)
 
     def _infer(self, merge: Merge) -> None:
-        proto = self._export(Placeholders(), infer=True)
-        proto.ir_version = max(proto.ir_version, 8)
-        known = symbols(self.graph)
-        try:
-            inferred = onnx.shape_inference.infer_shapes(proto, data_prop=True)
-        except Exception:  # whatever C++ throws: what is not known stays unknown
-            return
-        take_types(self.graph, inferred.graph, merge, known)
+        proto = inferred(self._export(Placeholders(), infer=True))
+        if proto is not None:
+            take_types(self.graph, proto.graph, merge, symbols(self.graph))
 
     def shapes_for(self, inputs: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
         """Shapes of tensors, by name, when the inputs have the given ones; bodies included.
 
         Tensors whose shape cannot be inferred, or not wholly, are left out.
         """
-        proto = self._export(Placeholders(), infer=True)
-        proto.ir_version = max(proto.ir_version, 8)
-        proto.graph.ClearField("value_info")
-        for value in proto.graph.output:
-            value.type.tensor_type.ClearField("shape")
-        for value in proto.graph.input:
-            if value.name in inputs:
-                shape = value.type.tensor_type.shape
-                shape.ClearField("dim")
-                shape.dim.extend(
-                    onnx.TensorShapeProto.Dimension(dim_value=d) for d in inputs[value.name]
-                )
-        try:
-            graph = onnx.shape_inference.infer_shapes(proto, data_prop=True).graph
-        except Exception:  # whatever C++ throws: inputs that do not fit say so when they are run
-            return {}
-        return known_shapes(graph)
+        return shapes_with(self._export(Placeholders(), infer=True), inputs)
 
     def graphs(self) -> list[gs.Graph]:
         """The main graph and all bodies of control flow, outermost first."""
@@ -461,7 +431,7 @@ class Model:
             return
         if not self.is_output(old):
             self._detach(old)
-            _redirect(old, new)
+            redirect(old, new)
             return
         source = producer(new)
         fixed = isinstance(old, gs.Constant) or self.is_input(old)
@@ -475,13 +445,13 @@ class Model:
         ):
             raise ValueError(f"{old.name} is a graph output, {new.name} is from another graph")
         self._detach(old)
-        _redirect(new, old)
-        source.outputs[_index(source.outputs, new)] = old
+        redirect(new, old)
+        source.outputs[index_of(source.outputs, new)] = old
 
     def _detach(self, tensor: gs.Tensor) -> None:
         """Take the tensor from its producer; the places of the producer's other outputs stay."""
         for node in list(tensor.inputs):
-            i = _index(node.outputs, tensor)
+            i = index_of(node.outputs, tensor)
             if len(node.outputs) == 1:
                 del node.outputs[i]
             else:
@@ -506,71 +476,7 @@ def _copy(proto: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _imported(proto: onnx.ModelProto, fetch: Fetch) -> gs.Graph:
-    return Importer(fetch, _opset(proto)).graph(proto.graph, ChainMap())
+    return Importer(fetch, opset_of(proto)).graph(proto.graph, ChainMap())
 
 
-def _opset(proto: onnx.ModelProto) -> int:
-    """The default operator set's version; the newest for the IR version when none is imported."""
-    for entry in proto.opset_import:
-        if entry.domain in DEFAULT_DOMAIN:
-            return int(entry.version)
-    rows = onnx.helper.VERSION_TABLE
-    return max((row[2] for row in rows if row[1] <= proto.ir_version), default=1)
-
-
-def _plain_domain(domain: str | None) -> str:
-    return "" if domain in DEFAULT_DOMAIN else str(domain)
-
-
-def _index(tensors: Sequence[gs.Tensor], tensor: gs.Tensor) -> int:
-    return next(i for i, t in enumerate(tensors) if t is tensor)
-
-
-def _redirect(old: gs.Tensor, new: gs.Tensor) -> None:
-    """Let all readers of `old` read `new`."""
-    for node, i in list(readers(old)):
-        node.inputs[i] = new
-
-
-def producer(tensor: gs.Tensor) -> gs.Node | None:
-    """The node that makes the tensor; None for inputs, constants and omitted inputs."""
-    return tensor.inputs[0] if tensor.inputs else None
-
-
-def values_of(tensor: gs.Tensor) -> NDArray[Any] | None:
-    """The tensor's values if it is a constant (initializer or Constant node), else None.
-
-    Values stored in a file are read every time, and read-only: hold them only while you use them.
-    Raises ModelError when the stored data do not fit their shape.
-    """
-    if isinstance(tensor, gs.Constant):
-        return values_in(tensor)
-    node = producer(tensor)
-    if node is None or node.op != "Constant" or node.domain not in DEFAULT_DOMAIN:
-        return None
-    for key, value in node.attrs.items():
-        if isinstance(value, gs.Constant):
-            return values_in(value)
-        if isinstance(value, np.ndarray):
-            return value
-        if key in _CONSTANT_DTYPES:
-            return np.array(value, _CONSTANT_DTYPES[key])
-    return None
-
-
-_CONSTANT_DTYPES: dict[str, Any] = {
-    "value_float": np.float32,
-    "value_floats": np.float32,
-    "value_int": np.int64,
-    "value_ints": np.int64,
-    "value_string": object,
-    "value_strings": object,
-}
-
-
-def readers(tensor: gs.Tensor) -> Iterator[tuple[gs.Node, int]]:
-    """Each (node, input index) that reads the tensor."""
-    for node in {id(n): n for n in tensor.outputs}.values():
-        for i, t in enumerate(node.inputs):
-            if t is tensor:
-                yield node, i
+__all__ = ["EXTERNAL_ABOVE", "Model", "producer", "readers", "values_of"]

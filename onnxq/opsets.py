@@ -10,7 +10,7 @@ from onnx import AttributeProto, version_converter
 from onnx.numpy_helper import to_array
 
 from onnxq.errors import ModelError
-from onnxq.serialization import DEFAULT_DOMAIN, bodies_of, local_tensors, origin_of
+from onnxq.graphs import DEFAULT_DOMAIN, bodies_of, local_tensors, origin_of
 from onnxq.shapes import copy_type
 
 MISCONVERTED = {"Scan": 9, "Hardmax": 13, "GroupNormalization": 21}

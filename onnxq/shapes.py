@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import onnx
 import onnx_graphsurgeon as gs
 
-from onnxq.serialization import bodies_of, local_tensors, type_of, walk
+from onnxq.graphs import bodies_of, local_tensors, type_of, walk
 
 Shape = list[int | str | None] | None
 Merge = Callable[[Shape, Shape], Shape]
@@ -88,3 +88,33 @@ def known_shapes(graph: onnx.GraphProto) -> dict[str, list[int]]:
         if kind.HasField("shape") and all(d.HasField("dim_value") for d in kind.shape.dim):
             known[value.name] = [d.dim_value for d in kind.shape.dim]
     return known
+
+
+def inferred(proto: onnx.ModelProto) -> onnx.ModelProto | None:
+    """The model with the types that onnx infers; None where it cannot. Raises the IR version."""
+    proto.ir_version = max(proto.ir_version, 8)
+    try:
+        return onnx.shape_inference.infer_shapes(proto, data_prop=True)
+    except Exception:  # whatever C++ throws: what is not known stays unknown
+        return None
+
+
+def shapes_with(
+    proto: onnx.ModelProto, inputs: Mapping[str, Sequence[int]]
+) -> dict[str, list[int]]:
+    """Shapes of tensors, by name, when the inputs have the given ones; edits the proto.
+
+    Empty where the inputs do not fit: that is told when they are run.
+    """
+    proto.graph.ClearField("value_info")
+    for value in proto.graph.output:
+        value.type.tensor_type.ClearField("shape")
+    for value in proto.graph.input:
+        if value.name in inputs:
+            shape = value.type.tensor_type.shape
+            shape.ClearField("dim")
+            shape.dim.extend(
+                onnx.TensorShapeProto.Dimension(dim_value=d) for d in inputs[value.name]
+            )
+    found = inferred(proto)
+    return {} if found is None else known_shapes(found.graph)

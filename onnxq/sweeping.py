@@ -9,7 +9,7 @@ from itertools import chain
 
 import onnx_graphsurgeon as gs
 
-from onnxq.serialization import DEFAULT_DOMAIN, bodies_of, op_type_of, origin_of, sort, walk
+from onnxq.graphs import DEFAULT_DOMAIN, bodies_of, op_type_of, origin_of, sort, walk
 
 PURE_DOMAINS = (*DEFAULT_DOMAIN, "ai.onnx.ml", "com.microsoft")
 """Domains whose operators do nothing but compute their outputs."""

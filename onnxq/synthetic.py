@@ -104,7 +104,13 @@ def _runs(session: Any, feed: Feed) -> bool:
 
 def _input(tensor: gs.Variable, batch: set[int | str]) -> Input:
     """What to draw; axes that are called like some input's first one are the batch, of size 1."""
-    if tensor.shape is None or tensor.dtype is None or np.dtype(tensor.dtype).kind not in "fiub":
+    if tensor.dtype is not None and np.dtype(tensor.dtype).kind not in "fiub":
+        what = "strings" if tensor.dtype == object else str(np.dtype(tensor.dtype))
+        raise DataError(
+            f"input {tensor.name!r} is of {what}: no synthetic samples are made of these; "
+            "give samples with --data"
+        )
+    if tensor.shape is None or tensor.dtype is None:
         raise DataError(
             f"input {tensor.name!r} has no known shape or type: give samples with --data"
         )

@@ -17,8 +17,8 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from onnxq.core import Note
+from onnxq.graphs import DEFAULT_DOMAIN
 from onnxq.model import Model, readers, values_of
-from onnxq.serialization import DEFAULT_DOMAIN
 from onnxq.weights import dtype_of
 
 NAME = "convert_float32"

@@ -3,7 +3,8 @@
     y = f(c1, c2)    =>    y is an initializer
 
 Constant nodes become initializers, and so does the Shape of a tensor whose shape is known. All that
-can be computed is computed by onnxruntime, in one session.
+can be computed is computed by onnxruntime, in one session; where one node fails there, the others
+are computed without it.
 """
 
 from __future__ import annotations
@@ -188,12 +189,26 @@ def _evaluate(model: Model, chosen: list[gs.Node]) -> list[Note]:
     try:
         results = runtime.session(proto, optimize="off").run(list(needed), {})
     except Exception as e:  # onnxruntime's exceptions share no base but Exception
-        return [
-            Note(NAME, chosen[0].name, f"cannot be computed: {runtime.one_line(e)}", changed=False)
-        ]
+        if len(chosen) > 1:
+            return _by_halves(model, chosen)
+        text = f"cannot be computed: {runtime.one_line(e)}"
+        return [Note(NAME, chosen[0].name, text, changed=False)]
     for tensor, value in zip(needed.values(), results, strict=True):
         _settle(tensor, np.asarray(value))
     return [Note(NAME, node.name, f"{node.op} of constants") for node in chosen]
+
+
+def _by_halves(model: Model, chosen: list[gs.Node]) -> list[Note]:
+    """Find what fails among nodes in order; what depends on that is left as well."""
+    half = len(chosen) // 2
+    notes = _evaluate(model, chosen[:half])
+    known: set[int] = set()
+    left = []
+    for node in chosen[half:]:
+        if all(isinstance(t, gs.Constant) or id(t) in known for t in node.inputs if t.name):
+            left.append(node)
+            known.update(id(t) for t in node.outputs)
+    return [*notes, *(_evaluate(model, left) if left else ())]
 
 
 def _all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:

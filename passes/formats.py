@@ -31,12 +31,15 @@ class Formats:
 
     activations: formats. weights: how a layer's weight is quantized. floats: nodes that have to
     stay float, and why. asked: nodes that somebody wants in integers, whatever rules and costs say.
+    simulated: nodes in formats that the target computes in floats: what its kernels cost says
+    nothing of them.
     """
 
     activations: Mapping[int, str]
     weights: Mapping[int, QuantScheme]
     floats: Mapping[int, str]
     asked: frozenset[int]
+    simulated: frozenset[int]
 
 
 def activation_format(target: Target, asked: str | int) -> str:
@@ -162,17 +165,16 @@ def formats_of(
                 schemes[id(node)] = with_granularity(target, scheme, granularity, group_size)
         except RecipeError as e:
             raise RecipeError(f"{node.name}, {choice.reason}: {e}") from e
-        if choice.format:
+        if choice.is_asked:
             asked.add(id(node))
     by_node = _spread(nodes, own, default)
     for node in nodes:
-        if by_node[id(node)] in target.simulated:
-            asked.add(id(node))  # what it costs there says nothing
         formats = [by_node[id(node)], *(s.format for s in [schemes.get(id(node))] if s)]
         need, named = max((opset_for(f), f) for f in formats)
         if need > model.opset and id(node) not in floats:
             floats[id(node)] = f"opset {model.opset} has no {named}: opset {need} is needed"
-    return Formats(by_node, schemes, floats, frozenset(asked - floats.keys()))
+    simulated = {key for key, name in by_node.items() if name in target.simulated}
+    return Formats(by_node, schemes, floats, frozenset(asked - floats.keys()), frozenset(simulated))
 
 
 def _spread(nodes: list[gs.Node], own: Mapping[int, str], default: str) -> dict[int, str]:

@@ -9,8 +9,8 @@ from collections import Counter
 from collections.abc import Sequence
 
 from onnxq.core import Note
+from onnxq.graphs import op_type_of
 from onnxq.model import Model
-from onnxq.serialization import op_type_of
 
 
 class InlineFunctions:

@@ -11,8 +11,8 @@ from __future__ import annotations
 import onnx_graphsurgeon as gs
 
 from onnxq.core import Skip, rewrites
+from onnxq.graphs import local_tensors, origin_of, walk
 from onnxq.model import Model, producer, values_of
-from onnxq.serialization import local_tensors, origin_of, walk
 
 
 @rewrites("If")

@@ -80,7 +80,8 @@ def _merge(model: Model, sizes: Sizes, node: gs.Node) -> str | None:
         raise Skip(f"{middle.name} is also used elsewhere")
     target = target_of(source, result)
     if target is None:
-        raise Skip("its shape has more free axes than one -1 can say")
+        why = "a size of zero" if 0 in result else "more free axes than one -1 can say"
+        raise Skip(f"its shape has {why}")
     _become_reshape(model, node, before.inputs[0], target)
     return f"with {before.name}"
 

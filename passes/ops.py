@@ -171,6 +171,16 @@ def bias_vector(
     )
 
 
+def pads_zero(node: gs.Node) -> bool:
+    """Whether a Pad adds nothing but zeros, or values that are there already (reflect, edge)."""
+    if node.attrs.get("mode", "constant") != "constant":
+        return True
+    if len(node.inputs) < 3 or not node.inputs[2].name:
+        return bool(node.attrs.get("value", 0.0) == 0.0)
+    value = values_of(node.inputs[2])
+    return value is not None and not value.any()
+
+
 def useful_range(model: Model, tensor: gs.Tensor) -> tuple[float, float]:
     """The interval outside of which no reader of the tensor tells one value from another.
 

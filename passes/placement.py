@@ -16,6 +16,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnxq.core import Note, Skip
+from onnxq.graphs import bodies_of
 from onnxq.mincut import INFINITE, Network
 from onnxq.model import Model, readers, values_of
 from onnxq.passes.costs import node_ns, size
@@ -24,10 +25,10 @@ from onnxq.passes.ops import (
     activation_inputs,
     clamp_bounds,
     is_constant,
+    pads_zero,
     weight_input,
 )
 from onnxq.passes.work import Shapes
-from onnxq.serialization import bodies_of
 from onnxq.targets import Costs, OpRule, Rate, Target
 
 RULE = "quantize_static"
@@ -150,7 +151,7 @@ def check(node: gs.Node, rule: OpRule) -> None:
         value = node.attrs.get(key, allowed[0])
         if value not in allowed:
             raise Skip(f"{key} is {value}: the target has integers only for {', '.join(allowed)}")
-    if node.op == "Pad" and not _pads_zero(node):
+    if node.op == "Pad" and not pads_zero(node):
         raise Skip("it pads with something else than zero")
     if node.op == "Gemm" and (node.attrs.get("alpha", 1) != 1 or node.attrs.get("beta", 1) != 1):
         raise Skip("alpha or beta is not 1")
@@ -168,15 +169,6 @@ def _check_values(constant: gs.Tensor, what: str) -> None:
         raise Skip(f"{what} has NaN or infinite values")
     if not values.size:
         raise Skip(f"{what} is empty")
-
-
-def _pads_zero(node: gs.Node) -> bool:
-    if node.attrs.get("mode", "constant") != "constant":
-        return True
-    if len(node.inputs) < 3 or not node.inputs[2].name:
-        return bool(node.attrs.get("value", 0.0) == 0.0)
-    value = values_of(node.inputs[2])
-    return value is not None and not value.any()
 
 
 def _check_bias(node: gs.Node, bias: gs.Tensor) -> None:

@@ -28,6 +28,7 @@ from onnxq.model import Model
 from onnxq.passes.float_layers import spread_scales
 from onnxq.passes.formats import formats_of, opset_needed, require_formats, with_granularity
 from onnxq.passes.insertion import Editor, WeightMethod
+from onnxq.passes.ops import OPS
 from onnxq.passes.placement import RULE, Placement, place
 from onnxq.passes.ranges import activation_params
 from onnxq.passes.sensitive import graph_rules, range_rules
@@ -107,9 +108,14 @@ class QuantizeStatic:
             granularity=self.granularity, group_size=self.group_size,
         )  # fmt: skip
         floats = {} if target.floats is not None else graph_rules(model, macs(model, shapes))
-        floats = {k: v for k, v in floats.items() if k not in choices} | dict(formats.floats)
+        floats = {k: v for k, v in floats.items() if k not in formats.asked} | dict(formats.floats)
         chosen = partial(
-            place, model, target, shapes=shapes, formats=formats.activations, asked=formats.asked
+            place,
+            model,
+            target,
+            shapes=shapes,
+            formats=formats.activations,
+            asked=formats.asked | formats.simulated,
         )
         placement = chosen(floats)
         statistics = self._statistics(model, placement)
@@ -118,6 +124,7 @@ class QuantizeStatic:
             declined += [
                 Note(RULE, placement.nodes[key].name, text, changed=False)
                 for key, text in more.items()
+                if OPS[placement.nodes[key].op].role != "linear"  # placing tells of those
             ]
             floats |= more
             placement = chosen(floats)

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator, Mapping
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from onnxq.graphs import bodies_of
 from onnxq.model import Model, producer, readers
 from onnxq.passes.ops import OPS, activation_inputs, is_constant
 from onnxq.passes.placement import Placement
-from onnxq.serialization import bodies_of
 from onnxq.statistics import Histogram
 
 # Operators that pass an error on as it is, or scaled: what lies behind them decides.
@@ -243,9 +243,12 @@ def range_rules(
     floats: Floats = {}
     for node in placement.nodes.values():
         for tensor in (*node.inputs, *node.outputs):
-            if any(ranges[name].has_nonfinite for name in placement.sources.get(tensor.name, ())):
+            seen = [ranges[name] for name in placement.sources.get(tensor.name, ())]
+            if seen and not any(r.bins.size for r in seen):
+                floats[id(node)] = f"{tensor.name} has no elements in any sample"
+            if any(r.has_nonfinite for r in seen):
                 floats[id(node)] = f"{tensor.name} has infinite values: no range covers them"
-            if any(not ranges[name].count for name in placement.sources.get(tensor.name, ())):
+            if any(not r.count for r in seen):
                 floats[id(node)] = "no sample takes the branch that it is in"
         if (
             not strict

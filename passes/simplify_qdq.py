@@ -20,12 +20,12 @@ import onnx_graphsurgeon as gs
 
 from onnxq.core import Fixpoint, Note, Pipeline, Skip, rewrites
 from onnxq.model import Model, producer, values_of
-from onnxq.passes.ops import OPS
+from onnxq.passes.ops import OPS, pads_zero
 
 # The first opset in which the operator takes 8-bit integers; the others always did.
 INTEGERS_SINCE = {"MaxPool": 12, "Resize": 10, "Pad": 11}
-# Operators that take integers of 8 bits only: MaxPool by ONNX, Resize by ONNX Runtime's kernels.
-BYTES_ONLY = ("MaxPool", "Resize")
+# Operators that take integers of 8 bits only: MaxPool by ONNX, others by ONNX Runtime's kernels.
+BYTES_ONLY = ("MaxPool", "Resize", "Pad", "DepthToSpace", "SpaceToDepth")
 
 
 @rewrites("QuantizeLinear")
@@ -36,6 +36,8 @@ def drop_requantize(model: Model, quantize: gs.Node) -> str | None:
         return None
     if not same_params(source, quantize):
         return None
+    if source.inputs[0].dtype != quantize.outputs[0].dtype:
+        return None  # without zero points the types may differ
     if model.is_output(quantize.outputs[0]):
         raise Skip(f"{quantize.outputs[0].name} is an output")
     model.replace(quantize.outputs[0], source.inputs[0])
@@ -72,6 +74,10 @@ def move_integers(model: Model, move: gs.Node) -> str | None:
         raise Skip(f"{move.op} takes no integers before opset {INTEGERS_SINCE[move.op]}")
     if move.op in BYTES_ONLY and np.dtype(before.inputs[0].dtype).itemsize > 1:
         raise Skip(f"{move.op} takes integers of 8 bits only")
+    if move.op == "Pad" and not pads_zero(move):
+        raise Skip("it pads with something else than zero")
+    if move.op == "Resize" and move.attrs.get("mode", "nearest") != "nearest":
+        raise Skip("it computes new values: kernels of integers do not round them as Q does")
     quantizes = [q for (q,) in after]
     for quantize in quantizes:
         rescalable = all(n.op == "DequantizeLinear" for n in quantize.outputs[0].outputs)
@@ -103,11 +109,14 @@ def _rescale(integers: gs.Tensor, before: gs.Node) -> None:
     integers.dtype = before.inputs[0].dtype
     for reader in integers.outputs:
         for i in (1, 2):
-            reader.inputs[i] = before.inputs[i]
+            _set_input(reader, i, before.inputs[i])
 
 
 def _is_per_tensor(node: gs.Node) -> bool:
-    return all(isinstance(t, gs.Constant) and not t.shape for t in node.inputs[1:3])
+    """Whether it has one scale, and a zero point that says which type the integers have."""
+    return len(node.inputs) == 3 and all(
+        isinstance(t, gs.Constant) and not t.shape for t in node.inputs[1:3]
+    )
 
 
 def same_params(a: gs.Node, b: gs.Node) -> bool:

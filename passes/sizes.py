@@ -16,11 +16,11 @@ from math import prod
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from onnxq.graphs import bodies_of
 from onnxq.model import Model, producer, values_of
 from onnxq.passes.shape_rules import shape_rule
 from onnxq.passes.size_algebra import Known, Shape, Size, symbol
 from onnxq.passes.value_rules import INTEGERS, VALUES
-from onnxq.serialization import bodies_of
 
 LONGEST = 64  # elements of integer tensors that are followed
 

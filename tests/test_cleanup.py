@@ -41,6 +41,8 @@ def graph(body: str, inputs: str = IMAGE, outputs: str = "float[a, b, c, d] y", 
     )
     rng = np.random.default_rng(5)
     named = {name for node in proto.graph.node for name in node.input}
+    for attribute in (a for n in proto.graph.node for a in n.attribute if a.HasField("g")):
+        named |= {name for node in attribute.g.node for name in node.input}
     for name, shape in SHAPES.items():
         if name in named:
             value = (
@@ -186,21 +188,37 @@ def test_quantized_weights_are_not_unpacked() -> None:
     assert checked.ops == {"Cast": 1, "Mul": 1, "Conv": 1}
 
 
+def both_ways() -> list[dict[str, np.ndarray]]:
+    x = np.random.default_rng(5).normal(0, 1, (2, 4, 8, 8)).astype(np.float32)
+    return [{"c0": np.array(c), "x": x} for c in (True, False)]
+
+
+FOLLOWERS = [
+    pytest.param(fold_batchnorm, BN.format("h"), id="batchnorm"),
+    pytest.param(fold_mul, "Mul(h, c)", id="mul"),
+    pytest.param(fold_add, "Add(h, c)", id="add"),
+]
+
+
+@pytest.mark.parametrize(("pass_", "follower"), FOLLOWERS)
+def test_layers_do_not_reach_into_bodies(pass_: Pass, follower: str) -> None:
+    proto = graph(
+        f"h = Conv(x, w) y = If(c0) <then_branch = t () => (float[2, 6, 6, 6] u) {{ u = {follower} }},"
+        " else_branch = e () => (float[2, 6, 6, 6] v) { v = Conv(x, w) }>",
+        f"bool c0, {IMAGE}",
+    )
+    checked = check(pass_, proto, feeds=both_ways())
+    assert checked.declined == ["h is read in a body, and made outside of it"]
+    assert checked.ops["Conv"] == 2
+
+
 def test_bodies_are_cleaned_too() -> None:
     proto = graph(
         "y = If(c0) <then_branch = t () => (float[2, 6, 6, 6] u) { h = Conv(x, w) u = BatchNormalization"
         "(h, g, beta, mean, var) }, else_branch = e () => (float[2, 6, 6, 6] v) { k = Conv(x, w) v = Relu(k) }>",
         f"bool c0, {IMAGE}",
     )
-    rng = np.random.default_rng(5)
-    for name in ("w", "g", "beta", "mean", "var"):
-        value = rng.uniform(0.5, 2, SHAPES[name]).astype(np.float32)
-        proto.graph.initializer.append(numpy_helper.from_array(value, name))
-    feeds = [
-        {"c0": np.array(c), "x": rng.normal(0, 1, (2, 4, 8, 8)).astype(np.float32)}
-        for c in (True, False)
-    ]
-    checked = check(cleanup, proto, feeds=feeds, rtol=1e-3, atol=1e-3)
+    checked = check(cleanup, proto, feeds=both_ways(), rtol=1e-3, atol=1e-3)
     assert checked.ops == {"If": 1, "Conv": 2, "Relu": 1}
 
 
@@ -212,10 +230,23 @@ def test_what_bodies_have_in_common_is_stored_once() -> None:
         f" else_branch = e () => (float[2, 4, 8, 8] v) {{ k = {half} n = Neg(k) v = Add(x, n) }}>",
         f"bool c0, {IMAGE}",
     )
-    x = np.random.default_rng(0).normal(0, 1, (2, 4, 8, 8)).astype(np.float32)
-    checked = check(cleanup, proto, feeds=[{"c0": np.array(c), "x": x} for c in (True, False)])
+    checked = check(cleanup, proto, feeds=both_ways())
     assert checked.ops == {"If": 1, "Mul": 1, "Add": 1}
     assert len(checked.model.to_proto().graph.initializer) == 1
+
+
+def test_what_fails_does_not_keep_the_others_from_being_folded() -> None:
+    """A lookup beyond the end of its table, in a branch that no sample takes."""
+    ids = "far = Constant<value_ints = [0, 9]>() near = Constant<value_ints = [0, 1]>()"
+    proto = graph(
+        f"y = If(c0) <then_branch = t () => (float[2] u) {{ {ids} p = Gather(row, far) q = Gather(row, near)"
+        " k = Neg(q) l = Exp(p) n = Add(x, k) u = Add(n, l) }, else_branch = e () => (float[2] v) { v = Neg(x) }>",
+        "bool c0, float[2] x", "float[a] y",
+    )  # fmt: skip
+    feeds = [{"c0": np.array(False), "x": np.ones(2, np.float32)}]
+    checked = check(fold_constants, proto, feeds=feeds)
+    assert checked.ops == {"If": 1, "Gather": 1, "Exp": 1, "Add": 2, "Neg": 1}
+    assert [text for text in checked.declined if "cannot be computed" in text]
 
 
 def test_float16_is_folded_in_float16() -> None:

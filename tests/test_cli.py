@@ -14,6 +14,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from onnxq.cli import main
+from onnxq.looking import inspect
 
 MODELS = Path(__file__).parent.parent / "models"
 MODEL, DATA = MODELS / "digits_cnn.onnx", MODELS / "digits_cnn.calib.npz"
@@ -125,6 +126,25 @@ def test_inspect() -> None:
     assert found["parameters"] == 70538
     assert found["ops"]["BatchNormalization"] == 7
     assert found["inputs"] == ["image [N, 1, 28, 28] float32"]
+
+
+def test_inspect_sees_inside_functions() -> None:
+    proto = onnx.parser.parse_model("""<ir_version: 9, opset_import: ["": 17, "a": 1]>
+        g (float[2, 4] x) => (float[2, 2] y)
+        <float[4, 2] w = {1, 2, 3, 4, 5, 6, 7, 8}> { y = a.layer(x, w) }
+        <domain: "a", opset_import: ["": 17]> layer (x, w) => (y) { y = MatMul(x, w) }""")
+    found = inspect(proto, target="generic")
+    assert found.functions == ("a::layer",)
+    assert found.ops == {"layer": 1}
+    assert len(found.quantizable) == 1
+    assert found.coverage.macs == 16
+
+
+def test_each_command_is_told_in_a_line() -> None:
+    done = CliRunner().invoke(main, ["--help"], terminal_width=80)
+    commands = done.output.split("Commands:\n")[1].split("\n\n")[0].splitlines()
+    assert len(commands) == len(main.commands)
+    assert not [line for line in commands if line.endswith("...") or not line.endswith(".")]
 
 
 def test_compare(optimized: tuple[Path, dict[str, Any]]) -> None:

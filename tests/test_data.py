@@ -192,3 +192,9 @@ def test_synthetic_sizes_are_tried_out() -> None:
     )
     with pytest.raises(DataError, match="give samples with --data"):
         synthetic_samples(hopeless, 1)
+
+
+def test_no_synthetic_strings() -> None:
+    strings = model("string[2] x", "y = Identity(x)", "string[2] y")
+    with pytest.raises(DataError, match="input 'x' is of strings"):
+        synthetic_samples(strings, 1)

@@ -339,3 +339,27 @@ def test_groups_are_for_few_bits() -> None:
 def test_grouped_weights_leave_the_bias_float() -> None:
     after = quantized(model(CONV), everything("generic"), weights="int4", granularity="group")
     assert all(isinstance(n.inputs[2], gs.Constant) for n in after.nodes("Conv", "Gemm"))
+
+
+MOVED = ["Pad(r, pads)", "DepthToSpace<blocksize = 1>(r)", "SpaceToDepth<blocksize = 1>(r)",
+         "MaxPool<kernel_shape = [2, 2]>(r)", "Transpose<perm = [0, 1, 3, 2]>(r)",
+         "Tile(r, ones)", "Slice(r, zero, two, three)"]  # fmt: skip
+
+
+@pytest.mark.parametrize("move", MOVED, ids=lambda m: m.split("(")[0].split("<")[0])
+def test_wide_integers_are_moved_where_kernels_take_them(move: str) -> None:
+    inits = {
+        "pads": [0, 0, 1, 1, 0, 0, 1, 1],
+        "ones": [1, 1, 1, 1],
+        "zero": [0],
+        "two": [9],
+        "three": [3],
+    }
+    named = "".join(
+        f" {name} = Constant<value_ints = {values}>()"
+        for name, values in inits.items()
+        if name in move
+    )
+    before = model(f"{named} a = Conv(x, w, b) r = Relu(a) k = {move} e = Conv(k, v, b) "
+                   f"{TAIL} y = Gemm(f, g, c)")  # fmt: skip
+    assert fidelity(before, quantized(before, activations="a16")) > 30

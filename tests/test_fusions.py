@@ -35,6 +35,8 @@ def graph(body: str, inputs: str, outputs: str, opset: int) -> onnx.ModelProto:
         f" <{CONSTANTS}> {{ {body} }}"
     )
     read = {name for node in proto.graph.node for name in node.input}
+    for attribute in (a for n in proto.graph.node for a in n.attribute if a.HasField("g")):
+        read |= {name for node in attribute.g.node for name in node.input}
     read -= {name for node in proto.graph.node for name in node.output}
     kept = [t for t in proto.graph.initializer if t.name in read]
     del proto.graph.initializer[:]
@@ -151,6 +153,28 @@ def test_gelu_and_normalisation_survive_the_whole_cleanup() -> None:
     body = f"{NORM} h = Mul(n, g) z = Add(h, b) d1 = Div(z, root) r = Erf(d1) a = Add(r, one) q = Mul(z, a) f = Mul(q, half) y = MatMul(f, mat)"
     checked = check(cleanup, graph(body, ROWS, Y3, 20))
     assert checked.ops == {"LayerNormalization": 1, "Gelu": 1, "MatMul": 1}
+
+
+GELU = "d = Div(x, root) r = Erf(d)", "a = Add(r, one) q = Mul(x, a) u = Mul(q, half)"
+HALVES = [
+    pytest.param(fuse_activations, *GELU, {"Div", "Erf", "Add", "Mul"}, id="gelu"),
+    pytest.param(fuse_normalisations, NORM, "u = Mul(n, g)", {"LayerNormalization", "Mul"}, id="scale"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("pass_", "outside", "inside", "left"), HALVES)
+def test_halves_on_two_sides_of_a_body_are_not_one(
+    pass_: Pass, outside: str, inside: str, left: set[str]
+) -> None:
+    shape = "float[2, 3, 4]"
+    proto = graph(
+        f"{outside} y = If(flag) <then_branch = f () => ({shape} u) {{ {inside} }},"
+        f" else_branch = t () => ({shape} w) {{ w = Neg(x) }}>",
+        f"bool flag, {shape} x", Y3, 20,
+    )  # fmt: skip
+    x = np.random.default_rng(0).normal(0, 1, (2, 3, 4)).astype(np.float32)
+    checked = check(pass_, proto, feeds=[{"flag": np.array(k), "x": x} for k in (True, False)])
+    assert set(checked.ops) == left | {"If", "Neg"}
 
 
 def test_a_gelu_in_a_body() -> None:

@@ -116,6 +116,7 @@ def test_formats(
     (choice,) = Layers.parse([f" op:Conv = {format_} "]).all
     assert choice == Choice("op:Conv", format_, activations, weights, static)
     assert choice.is_float == (format_ == "float")
+    assert choice.is_asked == (format_ not in ("float", "w4"))
     assert choice.reason == f"asked for by --layer 'op:Conv={format_}'"
 
 

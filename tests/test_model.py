@@ -16,8 +16,8 @@ from onnx import AttributeProto, TensorProto, helper, numpy_helper, parser
 from onnx_graphsurgeon.util.exception import OnnxGraphSurgeonException
 
 from onnxq.errors import ModelError
+from onnxq.graphs import Node
 from onnxq.model import Model, producer, readers, values_of
-from onnxq.serialization import Node
 
 HEAD = '<ir_version: 8, opset_import: ["": 17, "custom": 3]>\n'
 

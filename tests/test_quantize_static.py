@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_graphsurgeon as gs
 import onnxruntime as ort
 import pytest
 from onnx import numpy_helper, parser
@@ -35,6 +36,7 @@ SHAPES = {
     "bm": (16,),
     "g": (16, 8),
     "left": (8, 8),
+    "stack": (2, 12, 8),
     "table": (50, 8),
     "const": (1, 8, 1, 1),
 }
@@ -274,6 +276,51 @@ def test_generic_quantizes_transposed_convolutions(group: int) -> None:
     )  # random weights: 21.6 and 23.6 dB are what 8 bits give here
 
 
+def test_one_scale_for_a_transposed_convolution_in_groups_with_a_bias() -> None:
+    before = model(
+        f"c = Conv(x, w2) t = ConvTranspose<group = 2>(c, wt, b) e = Conv(t, w2) {TAIL}",
+        outputs="float[a, b] y",
+    )
+    target = replace(everything("generic").without_channels(), name="one-scale")
+    after = before.copy()
+    QuantizeStatic(target, samples(before))(after)
+    onnx.checker.check_model(after.to_proto(), full_check=True)
+    (node,) = after.nodes("ConvTranspose")
+    assert {t.inputs[0].op for t in node.inputs} == {"DequantizeLinear"}
+    assert fidelity(before, after) > 15
+
+
+def test_what_matmul_takes_no_scale_a_column_of_has_one_scale() -> None:
+    """A left operand and a stack of matrices."""
+    before = model(
+        "u = MatMul(left, x) y = MatMul(u, stack)", "float[2, 8, 12] x", "float[p, q, r] y",
+    )  # fmt: skip
+    after, _ = quantized(before, "generic")
+    weights = [n for n in after.nodes("DequantizeLinear") if isinstance(n.inputs[0], gs.Constant)]
+    assert [(np.shape(n.inputs[1].values), "axis" in n.attrs) for n in weights] == [((), False)] * 2
+    assert fidelity(before, after) > 20
+
+
+INFINITE = np.zeros((1, 8, 1, 1))
+INFINITE[0, 0] = -np.inf
+
+
+@pytest.mark.parametrize(
+    ("op", "values"),
+    [("Mul(c, const)", INFINITE), ("Concat<axis = 2>(c, const)", np.zeros((1, 8, 0, 12)))],
+)
+def test_constant_operands_without_a_range_stay_float(op: str, values: np.ndarray) -> None:
+    before = model(
+        f"c = Conv(x, w2) s = {op} r = Clip(s, lo, hi) e = Conv(r, w2) {TAIL}",
+        outputs="float[a, b] y", inits="float lo = {-1.0}, float hi = {1.0}", const=values,
+    )  # fmt: skip
+    after, _ = quantized(before, "generic")
+    (node,) = after.nodes(op.split("(")[0].split("<")[0])
+    assert isinstance(node.inputs[1], gs.Constant)
+    assert len(after.nodes("QuantizeLinear")) > 1
+    assert np.isfinite(run(after)["y"]).all()
+
+
 @pytest.mark.parametrize("opset", [10, 11, 12, 13, 21])
 def test_every_opset_that_has_quantize_linear(opset: int) -> None:
     before = model(
@@ -329,6 +376,11 @@ DECLINES = [
         "goes into Log",
         id="front-end",
     ),
+    pytest.param(
+        dict(body="y = MatMul(x, m)", inputs="float[0, 8] x", outputs="float[a, b] y"),
+        "x has no elements in any sample",
+        id="empty",
+    ),
 ]
 
 
@@ -338,6 +390,8 @@ def test_declines_with_a_reason(graph: dict[str, Any], reason: str) -> None:
     after = before.copy()
     notes = QuantizeStatic(everything(), samples(before))(after)
     assert any(reason in note.text and not note.changed for note in notes)
+    told = [(note.node, note.text) for note in notes]
+    assert len(set(told)) == len(told)
 
 
 def test_the_cheap_output_convolution_stays_float() -> None:

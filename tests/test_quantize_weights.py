@@ -103,6 +103,14 @@ def test_float16_stays_float16() -> None:
     onnx.checker.check_model(after.to_proto(), full_check=True)
 
 
+def test_scales_that_float16_cannot_hold() -> None:
+    after = model("y = MatMul(x, m)", "float16[32, 32] x", "float16[a, b] y", np.float16)
+    (weight,) = [n.inputs[1] for n in after.nodes("MatMul")]
+    weight.values = np.full((32, 48), 1e-6, np.float16)
+    (note,) = QuantizeWeights()(after)
+    assert (note.changed, "float16 cannot hold" in note.text) == (False, True)
+
+
 def test_what_is_left_alone() -> None:
     small = model("y = MatMul(x, m)", ROWS, "float[a, b] y")
     assert not QuantizeWeights(smallest=10_000)(small)

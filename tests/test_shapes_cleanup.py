@@ -28,7 +28,8 @@ CONSTANTS = (
     "int64[1] zero = {0}, int64[1] one = {1}, int64[1] two = {2}, int64[1] three = {3}, int64[1] end = {99},"
     " int64[1] rest = {-1}, int64 first = {0}, int64 second = {1}, int64[2] pair = {2, 3}, int64 scalar = {6},"
     " int64[8] pads = {0, 0, 1, 2, 0, 0, 1, 0}, int64[8] channels = {0, 1, 0, 0, 0, 0, 0, 0},"
-    " int64[8] cuts = {0, 0, -1, 0, 0, 0, 0, 0}, int64[4] inner = {1, 2, 1, 0}, float nothing = {0.0},"
+    " int64[8] cuts = {0, 0, -1, 0, 0, 0, 0, 0}, int64[4] inner = {1, 2, 1, 0}, int64[0] none = {}, int64[2] none2 = {0, 5}, float nothing = {0.0},"
+    " int32[1] start = {1}, int32[1] axis = {2}, int32[1] stop = {7}, int64[1] last = {9223372036854775807},"
     " float half = {0.5}, float low = {-3.4e38}, bool yes = {1}, bool no = {0},"
     " float[1, 3, 2, 2] w = {1.0, -1.0, 0.5, 2.0, 1.0, -1.0, 0.5, 2.0, 1.0, 3.0, 0.5, 2.0}"
 )
@@ -70,6 +71,8 @@ CHANGES = [
     pytest.param(fold_shapes, dim("a", "first") + dim("b", "first") + "p = Slice(x, zero, a, zero) q = Slice(x, zero, b, zero) y = Add(p, q)", FREE, Y3, ["Add", "Shape", "Slice", "Slice"], id="the-same-size-twice"),
     pytest.param(fold_shapes, dim("n", "first") + "k = Concat<axis = 0>(n, two) e = Equal(k, rest) o = ConstantOfShape(two) "
                  "f = Where(e, pair, k) z = Reshape(f, rest) y = Expand(half, z)", IMAGE, Y2, None, id="sizes-are-not-negative"),
+    pytest.param(fold_shapes, "s = Shape(x) c = Gather(s, one) k = Mul(c, last) l = Mul(k, two) y = Add(l, l)", IMAGE, "int64[p] y", None, id="products-wrap-around"),
+    pytest.param(fold_shapes, "k = Size(x) l = Mul(k, last) m = Cast<to = 6>(l) y = Add(m, m)", "float[2, 4] x", "int32[p] y", None, id="casts-wrap-around"),
     pytest.param(merge_reshapes, "h = Unsqueeze(x, zero) k = Unsqueeze(h, zero) y = Neg(k)", FREE, "float[a, b, c, d, e] y", ["Neg", "Unsqueeze", "Unsqueeze"], id="free-sizes-move"),
     pytest.param(merge_reshapes, "h = Unsqueeze(x, three) k = Flatten(h) y = Neg(k)", "float[N, 3, 4] x", Y2, ["Neg", "Reshape"], id="unsqueeze-flatten"),
     pytest.param(merge_reshapes, "h = Unsqueeze(x, one) k = Squeeze(h, one) y = Neg(k)", FREE, Y3, ["Neg"], id="inverse"),
@@ -78,6 +81,7 @@ CHANGES = [
     pytest.param(merge_reshapes, "h = Transpose<perm = [0, 2, 3, 1]>(x) y = Neg(h)", "float[N, 1, 8, 6] x", Y4, ["Neg", "Reshape"], id="transpose-of-one-channel"),
     pytest.param(merge_slices, "h = Slice(x, one, end, two) y = Slice(h, zero, end, three, two)", IMAGE, Y4, ["Slice"], id="slice-slice"),
     pytest.param(merge_slices, "h = Slice(x, one, end, two) a = Slice(h, zero, three, three) b = Slice(h, three, end, three) y = Add(a, b)", IMAGE, Y4, ["Add", "Slice", "Slice"], id="all-its-readers"),
+    pytest.param(merge_slices, "h = Slice(x, start, stop, axis) y = Slice(h, zero, last, three)", IMAGE, Y4, ["Slice"], id="int32-and-all-of-int64"),
     pytest.param(share_nodes, "a = Exp(x) b = Exp(x) c = Neg(a) d = Neg(b) y = Add(c, d)", FREE, Y3, ["Add", "Exp", "Neg"], id="equal-chains"),
     pytest.param(share_nodes, "a = Slice(x, zero, two, one) b = Slice(x, zero, two, one) y = Add(a, b)", FREE, Y3, ["Add", "Slice"], id="equal-constants"),
     pytest.param(inline_if, "r = If(yes) <then_branch = t () => (float[N, 3, 8, 6] u) { h = Exp(x) u = Neg(h) }, else_branch = e () => (float[N, 3, 8, 6] v)"
@@ -87,11 +91,12 @@ CHANGES = [
     pytest.param(fold_pad, "h = Pad(x, pads) y = Conv(h, w)", IMAGE, Y4, ["Conv"], id="pad-conv"),
     pytest.param(fold_pad, "h = Pad(x, pads) y = Conv<pads = [0, 1, 2, 0]>(h, w)", IMAGE, Y4, ["Conv"], id="pad-padded-conv"),
     pytest.param(fold_pad, "h = Pad(x, inner, nothing, pair) y = Conv(h, w)", IMAGE, Y4, ["Conv"], id="pad-axes"),
+    pytest.param(fold_pad, "h = Pad(x, none, nothing, none) y = Conv(h, w)", IMAGE, Y4, ["Conv"], id="pad-no-axes"),
     pytest.param(fold_pad, "h = Pad(x, pads) y = AveragePool<kernel_shape = [3, 3]>(h)", IMAGE, Y4, ["AveragePool"], id="average-pool"),
     pytest.param(fold_pad, "h = Pad(x, pads, low) y = MaxPool<kernel_shape = [3, 3]>(h)", IMAGE, Y4, ["MaxPool"], id="max-pool"),
     pytest.param(fold_pad, "r = Relu(x) h = Pad(r, pads) y = MaxPool<kernel_shape = [3, 3]>(h)", IMAGE, Y4, ["MaxPool", "Relu"], id="max-pool-of-positives"),
 ]  # fmt: skip
-OPSETS = {"pad-axes": 18, "one-Gather-before-15": 13}
+OPSETS = {"pad-axes": 18, "pad-no-axes": 18, "one-Gather-before-15": 13}
 
 
 @pytest.mark.parametrize(("pass_", "body", "inputs", "outputs", "left"), CHANGES)
@@ -111,6 +116,7 @@ DECLINES = [
     pytest.param(merge_reshapes, "h = Unsqueeze(x, zero) k = Relu(h) l = Squeeze(h, zero) m = Squeeze(k, zero) y = Add(l, m)", "float[2, 4] x", Y2, None, id="kept-by-another"),
     pytest.param(merge_reshapes, "h = Unsqueeze(x, zero) k = Relu(h) l = Flatten(h) m = Flatten(k) y = Add(l, m)", "float[2, 4] x", Y2, "also used elsewhere", id="second-reader"),
     pytest.param(merge_reshapes, "h = Unsqueeze(x, zero) y = Unsqueeze(h, zero)", FREE, "float[a, b, c, d, e] y", "more free axes", id="two-free-axes"),
+    pytest.param(merge_reshapes, "h = Unsqueeze(x, zero) k = Reshape<allowzero = 1>(h, none2) y = Neg(k)", "float[4, 0] x", Y2, "a size of zero", id="empty"),
     pytest.param(merge_reshapes, "y = Transpose<perm = [0, 2, 3, 1]>(x)", IMAGE, Y4, None, id="moves-values"),
     pytest.param(merge_slices, "h = Slice(x, one, end, two) y = Slice(h, zero, two, two)", IMAGE, Y4, "cuts the same axis", id="same-axis"),
     pytest.param(merge_slices, "h = Slice(x, one, end, two) k = Slice(h, zero, end, three, two) y = Concat<axis = 3>(h, k)", IMAGE, Y4, "also used elsewhere", id="slice-second-reader"),

@@ -8,6 +8,7 @@ from onnx import parser
 from onnxq import runtime
 from onnxq.model import Model
 from onnxq.passes import simplify_qdq
+from onnxq.testing import check
 
 HEAD = '<ir_version: 8, opset_import: ["": 17]>'
 INITS = (
@@ -131,3 +132,31 @@ def test_max_pool_of_an_old_opset_keeps_floats() -> None:
     )
     after = Model.from_proto(parser.parse_model(text))
     assert not simplify_qdq(after)
+
+
+# Models that other tools quantized: without zero points, or with operators that are no move.
+BARE, FULL = "d = DequantizeLinear(x, s) ", "d = DequantizeLinear(x, s, z) "
+BARE_END = " q = QuantizeLinear(m, s) y = DequantizeLinear(q, s)"
+FULL_END = " q = QuantizeLinear(m, s, z) y = DequantizeLinear(q, s, z)"
+FOREIGN = [
+    pytest.param("int8[2, 4]", BARE + BARE_END.replace("m,", "d,"), 2, id="int8-to-uint8"),
+    pytest.param("uint8[2, 4]", BARE + "m = Transpose(d)" + BARE_END, 2, id="no-zero-points"),
+    pytest.param(
+        "uint8[1, 1, 3, 3]",
+        FULL + 'm = Resize<mode = "linear">(d, , twice)' + FULL_END,
+        4,
+        id="linear-resize",
+    ),
+    pytest.param("uint8[2, 4]", FULL + "m = Pad(d, pads, half)" + FULL_END, 2, id="pad-of-a-half"),
+]
+
+
+@pytest.mark.parametrize(("kind", "body", "rank"), FOREIGN)
+def test_models_of_other_tools_compute_the_same(kind: str, body: str, rank: int) -> None:
+    sizes = ", ".join("abcd"[:rank])
+    proto = parser.parse_model(
+        f'<ir_version: 8, opset_import: ["": 17]> g ({kind} x) => (float[{sizes}] y)'
+        " <float s = {0.1}, uint8 z = {128}, float half = {0.5}, int64[4] pads = {0, 1, 0, 0},"
+        f" float[4] twice = {{1, 1, 2, 2}}> {{ {body} }}"
+    )
+    assert not [note for note in check(simplify_qdq, proto).notes if note.changed]

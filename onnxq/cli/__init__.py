@@ -28,7 +28,8 @@ def _version() -> str:
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="""\b
     Completion in the shell (names of recipes, targets and passes too):
-      eval "$(onnxq completion bash)"     in ~/.bashrc; zsh, fish: onnxq completion --help""",
+      eval "$(onnxq completion bash)"     in ~/.bashrc
+      onnxq completion --help              says how in zsh and fish""",
 )
 @click.version_option(_version(), prog_name="onnxq")
 def main() -> None:
@@ -39,8 +40,8 @@ def main() -> None:
     onnxq inspect model.onnx
     onnxq compare model.onnx small.onnx --data samples.npz
 
-    Exit codes: 0 done; 1 a budget was missed or nothing was quantized; 2 wrong use or files;
-    130 interrupted.
+    Exit codes: 0 done; 1 a budget was missed, nothing was quantized, or a rule of the target is
+    broken; 2 wrong use or files; 130 interrupted.
     """
 
 

@@ -77,7 +77,9 @@ def _items(names: Iterable[str], incomplete: str, *, files: bool = False) -> lis
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 @click.pass_context
 def completion(ctx: click.Context, shell: str) -> None:
-    """Print the script that makes SHELL complete onnxq's commands, options and names.
+    """Print the script that makes SHELL complete onnxq's commands.
+
+    Options, and names of recipes, targets and passes are completed too.
 
     \b
     bash:  eval "$(onnxq completion bash)"       in ~/.bashrc

@@ -12,7 +12,7 @@ from onnxq.cli.completing import complete_pass, complete_recipe, complete_target
 @click.argument("name", required=False, shell_complete=complete_pass)
 @output_options
 def passes(name: str | None, *, json_file: str | None, quiet: bool) -> None:
-    """List the passes; or tell what the pass NAME does, and its options.
+    """List the passes; or tell the pass NAME and its options.
 
     Passes of your own: an installed distribution with the entry point group onnxq.passes, or
     package.module:PassClass, here and in a recipe.
@@ -31,7 +31,7 @@ def passes(name: str | None, *, json_file: str | None, quiet: bool) -> None:
 @click.argument("name", required=False, shell_complete=complete_recipe)
 @output_options
 def recipes(name: str | None, *, json_file: str | None, quiet: bool) -> None:
-    """List the recipes; or print the recipe NAME as a file that --recipe reads.
+    """List the recipes; or print the recipe NAME as a file.
 
     \b
     onnxq recipes
@@ -48,7 +48,7 @@ def recipes(name: str | None, *, json_file: str | None, quiet: bool) -> None:
 @click.argument("name", required=False, shell_complete=complete_target)
 @output_options
 def targets(name: str | None, *, json_file: str | None, quiet: bool) -> None:
-    """List the targets; or say what is known of the target NAME: facts, operators, sources.
+    """List the targets; or tell what is known of the target NAME.
 
     \b
     onnxq targets

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 @target_option
 @output_options
 def inspect(model: str, *, target: str, json_file: str | None, quiet: bool) -> None:
-    """Say what MODEL is made of, and what a target could quantize of it.
+    """Say what MODEL is made of, and what a target could quantize.
 
     \b
     onnxq inspect model.onnx
@@ -53,7 +53,7 @@ def compare(
     json_file: str | None,
     quiet: bool,
 ) -> None:
-    """Compare RESULT with ORIGINAL: each output, and each layer that both have by name.
+    """Compare RESULT with ORIGINAL: outputs, and layers by name.
 
     \b
     onnxq compare model.onnx small.onnx --data samples.npz
@@ -74,7 +74,9 @@ def compare(
 @target_option
 @output_options
 def check(model: str, *, target: str, json_file: str | None, quiet: bool) -> None:
-    """Hold MODEL against what a target can run: exit 1 if it breaks a rule.
+    """Hold MODEL against what a target can run.
+
+    Each violation with node, rule and source; exit 1 if there is one.
 
     \b
     onnxq check small.onnx --target tensorrt

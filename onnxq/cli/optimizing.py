@@ -137,7 +137,7 @@ def calibrate(
     json_file: str | None,
     quiet: bool,
 ) -> None:
-    """Observe what a recipe wants to know of MODEL's activations, and keep it in STATS.npz.
+    """Keep in STATS.npz what a recipe wants to know of activations.
 
     optimize --calibration STATS.npz then gives the same result as without, and sooner; ranges and
     options of the recipe can be tried without running the samples again.

@@ -110,7 +110,8 @@ def main() -> None:
         theirs = str(prepared(options.model, folder))
 
         def ours(samples: Path, *extra: str) -> list[str]:
-            return [python, "-m", "onnxq", "optimize", model, out, "--data", str(samples), *extra]
+            common = ("--recipe", "int8", "--data")
+            return [python, "-m", "onnxq", "optimize", model, out, *common, str(samples), *extra]
 
         data = str(options.samples)
         commands = {
