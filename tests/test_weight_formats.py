@@ -103,6 +103,14 @@ def test_dequantizes_as_onnxruntime_does(name: str, case: Any, granularity: str)
     np.testing.assert_array_equal(params.dequantize(q), unpacked(q, params, name, opset))
 
 
+def test_the_greatest_floats_do_as_onnxruntime_does() -> None:
+    w = np.array([np.finfo(np.float32).max, -3.3e38], np.float32)
+    for scheme in (QuantScheme("int8"), QuantScheme("uint8", symmetric=False)):
+        q, params = quantize_weight(w, scheme)
+        back = unpacked(q, params, scheme.format, 21)
+        np.testing.assert_array_equal(params.dequantize(q), back)
+
+
 @pytest.mark.parametrize("name", FLOAT8)
 def test_float8_is_rounded_and_saturated_as_onnxruntime_does(name: str) -> None:
     every = np.arange(256, dtype=np.uint8).view(FORMATS[name].dtype).astype(np.float32)
@@ -190,3 +198,16 @@ def test_given_parameters_in_groups_quantize_any_float() -> None:
     wide = [np.repeat(p.astype(np.float32), 4, axis=1)[:, :10] for p in (scale, zero)]
     expected = np.clip(np.rint(x.astype(np.float32) / wide[0]) + wide[1], 0, 15)
     np.testing.assert_array_equal(q.astype(np.float32), expected)
+
+
+@pytest.mark.parametrize("grain", [PerTensor(), PerChannel(1), PerGroup(4, 0), PerGroup(4, 2)])
+def test_the_order_of_memory_makes_no_difference(grain: Granularity) -> None:
+    w = RNG.normal(size=(9, 5, 6)).astype(np.float32)
+    scheme = QuantScheme("uint4", grain, symmetric=False)
+    q, params = quantize_weight(w, scheme)
+    for other in (np.asfortranarray(w), w.transpose(2, 0, 1).copy().transpose(1, 2, 0)):
+        same, _ = quantize_weight(other, scheme)
+        np.testing.assert_array_equal(same, q)
+    back = params.dequantize(q)
+    for kind in (np.uint8, q.dtype):
+        np.testing.assert_array_equal(params.dequantize(np.asfortranarray(q.astype(kind))), back)
