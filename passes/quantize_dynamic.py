@@ -12,7 +12,7 @@ where a target names another one.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -26,6 +26,7 @@ from onnxq.passes.dynamic_layers import Editor
 from onnxq.passes.ops import OPS, is_constant, weight_input
 from onnxq.passes.sensitive import front_ends
 from onnxq.passes.work import RECURRENT
+from onnxq.schemes import PerTensor
 from onnxq.targets import Target
 from onnxq.targets.dynamic import DynamicRule, Product
 
@@ -41,13 +42,15 @@ class QuantizeDynamic:
 
     per_row: whether each row of a MatMul's or Gemm's input (a token's values, say) has a range of
     its own, which is closer where rows differ, and slower. weight_range: how scales of weights are
-    chosen. layers: overrides, see `onnxq.layers`. shapes: of one sample's inputs by name, to know
+    chosen. granularity: one scale of weights a tensor is what an LSTM's kernel is fastest with, one
+    a channel is closer. layers: overrides, see `onnxq.layers`. shapes: of one sample's inputs by name, to know
     sizes; free axes count as 1 (the first) or 64 without.
     """
 
     target: Target
     per_row: bool = False
     weight_range: Literal["minmax", "mse"] = "minmax"
+    granularity: Literal["channel", "tensor"] = "channel"
     layers: tuple[str, ...] = ()
     shapes: Mapping[str, Sequence[int]] | None = None
 
@@ -107,6 +110,8 @@ class QuantizeDynamic:
         if choice is not None and choice.weights not in (None, rule.weights.format):
             raise Skip(f"{choice.reason}: its kernel has {rule.weights.format} weights")
         check_lstm(node) if node.op == "LSTM" else check_product(node)
+        if self.granularity == "tensor":
+            return replace(rule, weights=replace(rule.weights, granularity=PerTensor()))
         return rule
 
     def _pays(self, node: gs.Node, rule: DynamicRule, made: Sequence[Product]) -> None:
