@@ -43,8 +43,8 @@ class QuantizeDynamic:
     per_row: whether each row of a MatMul's or Gemm's input (a token's values, say) has a range of
     its own, which is closer where rows differ, and slower. weight_range: how scales of weights are
     chosen. granularity: one scale of weights a tensor is what an LSTM's kernel is fastest with, one
-    a channel is closer. layers: overrides, see `onnxq.layers`. shapes: of one sample's inputs by name, to know
-    sizes; free axes count as 1 (the first) or 64 without.
+    a channel is closer. layers: overrides, see `onnxq.layers`. shapes: of one sample's inputs by
+    name, to know sizes; free axes count as 1 (the first) or 64 without.
     """
 
     target: Target
