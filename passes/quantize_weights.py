@@ -56,10 +56,7 @@ from onnxq.targets import Target
 from onnxq.weights import data_type_of, stored_size
 
 NAME = "quantize_weights"
-WIDER = {
-    "int8": "int16", "uint8": "uint16", "int4": "int8", "uint4": "uint8",
-    "int2": "int4", "uint2": "uint4",
-}  # fmt: skip
+WIDER = {"int8": "int16", "uint8": "uint16"}
 CONVOLUTIONS = ("Conv", "ConvTranspose")
 OVERHEAD = 256  # bytes of the nodes and names that unpack a weight, about
 # Operators that a weight may go through; they read it unpacked, or it would be stored twice.
@@ -78,7 +75,7 @@ class QuantizeWeights:
     wherever the target has one, auto where it is also faster, storage never. recurrent_group: in
     LSTM, GRU and RNN, whose errors add up from step to step, so many values share a scale instead
     of a channel's (0: a channel's). wide_share: the smallest weights, together so large a part of
-    all, get twice the bits: layers of few weights show each step. layers: "PATTERN=FORMAT" for
+    all, get 16 bits in place of 8: layers of few weights show each step. layers: "PATTERN=FORMAT" for
     single layers, the last match wins.
     """
 
@@ -232,7 +229,7 @@ class _Work:
         self.notes.append(Note(NAME, node.name, why, changed=False))
 
     def _widened(self, jobs: list[_Job]) -> list[_Job]:
-        """The jobs, those of the smallest weights with twice the bits, while they are few bytes."""
+        """The jobs, those of the smallest weights with 16 bits, while they are few bytes."""
         wide = WIDER.get(self.options.format)
         allowed = self.target.stored_formats if self.target is not None else ()
         if wide is None or self.options.levels is not None or (allowed and wide not in allowed):
