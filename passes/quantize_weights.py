@@ -75,8 +75,8 @@ class QuantizeWeights:
     wherever the target has one, auto where it is also faster, storage never. recurrent_group: in
     LSTM, GRU and RNN, whose errors add up from step to step, so many values share a scale instead
     of a channel's (0: a channel's). wide_share: the smallest weights, together so large a part of
-    all, get 16 bits in place of 8: layers of few weights show each step. layers: "PATTERN=FORMAT" for
-    single layers, the last match wins.
+    all, get 16 bits in place of 8: layers of few weights show each step. layers: overrides for
+    single layers, "PATTERN=FORMAT", the last match wins.
     """
 
     format: str = "int8"

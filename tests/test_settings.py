@@ -35,7 +35,9 @@ def test_a_setting_goes_to_each_pass_that_has_it() -> None:
         "quantize_static": {
             "range": "entropy", "weight_range": "mse", "weights": "int4", "activations": "a16",
         },
-        "quantize_weights": {"format": "int4", "range": "mse"},
+        "quantize_weights": {
+            "format": "int4", "range": "mse", "rounding": "balanced", "wide_share": 0.05,
+        },
     }  # fmt: skip
 
 
