@@ -351,7 +351,7 @@ class _Work:
         integers, params = quantize_weight(
             rows, job.scheme, None, method,
             importance=None if weights is None else job.held.importance(weights),
-            rounding="stochastic" if self.options.rounding == "stochastic" else "even",
+            rounding="even" if self.options.rounding == "balanced" else self.options.rounding,
             seed=self.options.seed + number,
         )  # fmt: skip
         if is_balanced:

@@ -516,6 +516,21 @@ def test_a_copy_is_independent() -> None:
     assert model.unique("new") == other.unique("new")
 
 
+def test_copies_keep_the_order_of_initializers() -> None:
+    """Also that of weights made since loading: a copy of a copy is written as the same bytes."""
+    proto = text(
+        "g (float[1] x) => (float[1] y) <float[1] c = {1}, float[1] b = {2}, float[1] a = {3}>"
+        " { h = Add (x, a)  k = Add (h, c)  y = Add (k, b) }"
+    )
+    model = Model.from_proto(proto)
+    model.nodes("Add")[1].inputs[1] = model.constant("new", f32(4))
+    once = model.copy()
+    assert [t.name for t in proto.graph.initializer] == ["c", "b", "a"]
+    assert [t.name for t in once.to_proto().graph.initializer][:2] == ["b", "a"]
+    for other in (once, once.copy(), model.copy()):
+        assert other.to_proto() == model.to_proto()
+
+
 # --- edits ----------------------------------------------------------------------------------------
 
 BODIES = """g (float[2] x, bool c) => (float[2] y) <float[2] w = {1,2}, float[2] v = {5,6}> {
