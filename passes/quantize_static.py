@@ -49,9 +49,8 @@ class QuantizeStatic:
     activations, weights: formats, of the target's own sign where it wants another (a8, a16: in any
     case); auto: what the target is fastest with. granularity: of weights; channels where the
     operator may have them, groups of group_size for those below 8 bits, where the target has them,
-    with float biases. range: how activation ranges are chosen (minmax,
-    percentile, entropy, mse). weight_range: minmax or mse. bias: int32 or float, where the target
-    takes either. layers: overrides for single layers, see `onnxq.layers`. calibration: a file;
+    with float biases. range: how activation ranges are chosen (minmax, percentile, entropy, mse,
+    careful). weight_range: minmax or mse. bias: int32 or float, where the target takes either. layers: overrides for single layers, see `onnxq.layers`. calibration: a file;
     re-used when it is there, written when it is not, completed when the same samples are given.
     """
 
