@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from itertools import takewhile
+from pathlib import Path
+from typing import Any, cast
 
 from onnxq import runtime
 from onnxq.attempts import Attempt, Setting, attempt
@@ -90,7 +94,8 @@ def choose_one(
 
 def _tried(recipe: Recipe, model: Model, setting: Setting, *, has_data: bool) -> list[_Try]:
     """A result of each recipe, or why there is none; what all begin with is done once."""
-    tries, planned = [], {}
+    tries: list[_Try] = []
+    planned: dict[str, tuple[Pass, ...]] = {}
     for one in recipe.choose:
         verdict = ""
         if wants(one, "samples") and not has_data:
@@ -101,17 +106,47 @@ def _tried(recipe: Recipe, model: Model, setting: Setting, *, has_data: bool) ->
             except RecipeError as e:
                 verdict = str(e)
         tries.append(_Try(Candidate(one.name, verdict=verdict)))
-    shared = _common(list(planned.values()))
-    notes = _rewrite(model, shared, setting)
-    seen: dict[str, str] = {}
-    for one, this in zip(recipe.choose, tries, strict=True):
-        if this.candidate.is_open:
-            copy = model.copy()
-            added = _rewrite(copy, planned[one.name][len(shared) :], setting)
-            this.candidate = _first_of_its_kind(this.candidate, copy, seen)
+    with tempfile.TemporaryDirectory(prefix="onnxq-") as folder:
+        planned = _told_apart(planned, Path(folder))
+        shared = _common(list(planned.values()))
+        notes = _rewrite(model, shared, setting)
+        seen: dict[str, str] = {}
+        for one, this in zip(recipe.choose, tries, strict=True):
             if this.candidate.is_open:
-                _judge(this, one, copy, [*notes, *added], setting)
+                copy = model.copy()
+                added = _rewrite(copy, planned[one.name][len(shared) :], setting)
+                this.candidate = _first_of_its_kind(this.candidate, copy, seen)
+                if this.candidate.is_open:
+                    _judge(this, one, copy, [*notes, *added], setting)
     return tries
+
+
+def _told_apart(
+    planned: Mapping[str, tuple[Pass, ...]], folder: Path
+) -> dict[str, tuple[Pass, ...]]:
+    """Give candidates that calibrate another model than the first one files in the folder.
+
+    Which model it is depends on the passes before (a newer opset, say); those with the same ones
+    share what was seen, and the first one's is kept where the caller wants it.
+    """
+    models: list[tuple[Pass, ...]] = []
+    result = {}
+    for name, passes in planned.items():
+        before = tuple(takewhile(lambda pass_: not _calibrates(pass_), passes))
+        result[name] = passes
+        if len(before) < len(passes):
+            if before not in models:
+                models.append(before)
+            if number := models.index(before):
+                file = folder / f"{number}.npz"
+                result[name] = tuple(
+                    replace(cast(Any, p), calibration=file) if _calibrates(p) else p for p in passes
+                )
+    return result
+
+
+def _calibrates(pass_: Pass) -> bool:
+    return is_dataclass(pass_) and any(f.name == "calibration" for f in fields(pass_))
 
 
 def _rewrite(model: Model, passes: Sequence[Pass], setting: Setting) -> list[Note]:

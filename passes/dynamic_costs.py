@@ -16,7 +16,7 @@ from onnxq.passes.ops import weight_input
 from onnxq.passes.work import Shapes
 from onnxq.targets.dynamic import Product
 
-# Integers have to be that much faster by the measured paces, whose error is about a tenth.
+# Integers have to be that much faster by the measured paces, which are typically off by a tenth.
 WORTH = 0.9
 
 

@@ -49,10 +49,10 @@ class QuantizeStatic:
     activations, weights: formats, of the target's own sign where it wants another (a8, a16: in any
     case); auto: what the target is fastest with. granularity: of weights; channels where the
     operator may have them, groups of group_size for those below 8 bits, where the target has them,
-    with float biases. range: how activation ranges are chosen (minmax,
-    percentile, entropy, mse). weight_range: minmax or mse. bias: int32 or float, where the target
-    takes either. layers: overrides for single layers, see `onnxq.layers`. calibration: a file;
-    re-used when it is there, written when it is not, completed when the same samples are given.
+    with float biases. range: how activation ranges are chosen (minmax, percentile, entropy, mse,
+    careful). weight_range: minmax or mse. bias: int32 or float, where the target takes either.
+    layers: overrides for single layers, see `onnxq.layers`. calibration: a file; re-used when it is
+    there, written when it is not, completed when the same samples are given.
     """
 
     target: Target
@@ -153,10 +153,7 @@ class QuantizeStatic:
                 return self._calibrated(model, set(missing), cast(Mapping[str, Histogram], found))
             if missing or not is_same:
                 what = f"has no statistics of {missing[0]!r}" if missing else "is of other weights"
-                raise DataError(
-                    f"{self.calibration}: {what}: it was made from another model or target, or "
-                    "with other passes before; delete it, or give another --calibration"
-                )
+                raise self._misfit(what)
             return cast(Mapping[str, Histogram], found)
         if not wanted:
             return {}
@@ -168,7 +165,17 @@ class QuantizeStatic:
         """Statistics of tensors that were another's copy while their producer was quantized."""
         wanted = {name for sources in placement.sources.values() for name in sources}
         missing = wanted - known.keys()
+        if missing and self.calibration is not None and self.calibration.exists():
+            _, meta = load_calibration(self.calibration)
+            if meta.get("of") != self.samples.fingerprint():
+                raise self._misfit(f"has no statistics of {min(missing)!r}")
         return self._calibrated(model, missing, known) if missing else known
+
+    def _misfit(self, what: str) -> DataError:
+        return DataError(
+            f"{self.calibration}: {what}: it was made from another model or target, or "
+            "with other passes before; delete it, or give another --calibration"
+        )
 
     def _calibrated(
         self, model: Model, wanted: set[str], known: Mapping[str, Histogram]

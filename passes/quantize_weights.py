@@ -247,6 +247,7 @@ class _Work:
             if id(job.tensor) in small
             and (job.encoding, job.scheme.format) == ("storage", self.options.format)
             and id(job.node) not in self.choices
+            and _saves(job.tensor, job.held, replace(job.scheme, format=wide))
             else job
             for job in jobs
         ]
@@ -279,7 +280,8 @@ class _Work:
     def _planned(self, node: gs.Node, held: Held, scheme: QuantScheme) -> _Job:
         """Choose the encoding; raises Skip when there is none."""
         model, asked = self.model, self.options.encoding
-        _require_smaller(node.inputs[held.index], held, scheme)
+        if not _saves(node.inputs[held.index], held, scheme):
+            raise Skip(f"{_bits(held, scheme):.1f} bits a weight, scales included, save nothing")
         folds = self.target is None or self.target.stored_weights
         why = None
         if asked != "storage" or not folds:
@@ -346,7 +348,7 @@ class _Work:
         integers, params = quantize_weight(
             rows, job.scheme, None, method,
             importance=None if weights is None else job.held.importance(weights),
-            rounding="stochastic" if self.options.rounding == "stochastic" else "even",
+            rounding="even" if self.options.rounding == "balanced" else self.options.rounding,
             seed=self.options.seed + number,
         )  # fmt: skip
         if is_balanced:
@@ -356,10 +358,12 @@ class _Work:
         return Packed(job.held, integers, params), method
 
 
-def _require_smaller(tensor: gs.Tensor, held: Held, scheme: QuantScheme) -> None:
+def _saves(tensor: gs.Tensor, held: Held, scheme: QuantScheme) -> bool:
+    """Whether the file gets smaller."""
     count = prod(held.shape)
-    if count * _bits(held, scheme) / 8 + OVERHEAD >= count * np.dtype(tensor.dtype).itemsize:
-        raise Skip(f"{_bits(held, scheme):.1f} bits a weight, scales included, save nothing")
+    return bool(
+        count * _bits(held, scheme) / 8 + OVERHEAD < count * np.dtype(tensor.dtype).itemsize
+    )
 
 
 def _bits(held: Held, scheme: QuantScheme) -> float:

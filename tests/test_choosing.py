@@ -121,6 +121,28 @@ def test_candidates_that_come_to_the_same_are_tried_once(tmp_path: Path) -> None
     assert [c.verdict for c in report.candidates] == ["chosen", "the same as int8"]
 
 
+def test_candidates_that_calibrate_different_models(tmp_path: Path) -> None:
+    """16-bit activations need opset 21, where the mean's axes are an input: other statistics."""
+    proto = parser.parse_model(
+        """<ir_version: 8, opset_import: ["": 13]>
+        g (float[n, 8, 16, 16] x) => (float[n, 32] y) {
+            c = Conv<pads = [1, 1, 1, 1]>(x, w)  r = Relu(c)  d = Conv<pads = [1, 1, 1, 1]>(r, v)
+            p = ReduceMean<axes = [2, 3], keepdims = 0>(d)  y = Relu(p)
+        }"""
+    )
+    rng = np.random.default_rng(0)
+    for name, channels in (("w", 8), ("v", 32)):
+        values = rng.normal(0, 0.1, (32, channels, 3, 3)).astype(np.float32)
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(values, name))
+    data = [{"x": rng.normal(0, 1, (1, 8, 16, 16)).astype(np.float32)} for _ in range(12)]
+    both, file = tmp_path / "both.toml", tmp_path / "seen.npz"
+    both.write_text('description = "8 or 16 bits"\nchoose = ["int8", "a16w8"]')
+    for _ in range(2):  # the first candidate's statistics are written, then read
+        report = onnxq.optimize(proto, data=lambda: iter(data), recipe=str(both), calibration=file)
+        assert [c.sqnr_db is not None for c in report.candidates] == [True, True]
+    onnxq.optimize(proto, data=lambda: iter(data), recipe="int8", calibration=file)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -516,6 +516,25 @@ def test_a_copy_is_independent() -> None:
     assert model.unique("new") == other.unique("new")
 
 
+def test_copies_keep_the_order_of_initializers() -> None:
+    """Weights made since loading are written in the order of their use, in a copy as well."""
+    proto = text(
+        "g (float[1] x) => (float[1] y) <float[1] c = {1}, float[1] b = {2}, float[1] a = {3}>"
+        " { h = Add (x, a)  k = Add (h, c)  y = Add (k, b) }"
+    )
+    model = Model.from_proto(proto)
+    assert [t.name for t in proto.graph.initializer] == ["c", "b", "a"]
+    for node, name in zip(model.nodes("Add")[:2], ("new", "newer"), strict=True):
+        node.inputs[1] = model.constant(name, f32(4))
+    models = model, model.copy(), model.copy().copy()
+    for other in models:
+        first, second, _ = other.nodes("Add")
+        first.inputs[1], second.inputs[1] = second.inputs[1], first.inputs[1]
+    for other in models:
+        graph = other.to_proto().graph
+        assert [t.name for t in graph.initializer] == ["b", "newer", "new"]
+
+
 # --- edits ----------------------------------------------------------------------------------------
 
 BODIES = """g (float[2] x, bool c) => (float[2] y) <float[2] w = {1,2}, float[2] v = {5,6}> {

@@ -256,6 +256,42 @@ def test_last_states_of_an_lstm() -> None:
     assert stored.macs == coverage(before).macs == 5 * 3 * 64 * (32 + 16)
 
 
+GRANULARITIES = [
+    pytest.param("y = MatMul(x, w)", ROWS, OUT, (48,), id="MatMul"),
+    pytest.param("y = MatMul(left, x)", "float[32, 9] x", OUT, (24,), id="left"),
+    pytest.param("y = Gemm<transB = 1>(x, wt, b)", ROWS, OUT, (48,), id="Gemm"),
+    pytest.param("y = Conv(x, f, fb)", IMAGE, STATES, (1, 16, 1, 1), id="Conv"),
+    pytest.param(
+        'y = LSTM<hidden_size = 16, direction = "bidirectional">(x, bw, br)', SEQUENCE, STATES,
+        (2, 64), id="LSTM",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("body", "inputs", "out", "shape"), GRANULARITIES)
+def test_one_scale_a_tensor_where_it_is_asked_for(
+    body: str, inputs: str, out: str, shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    """Coarser than a channel's, and run by the same kernels; an LSTM has one a direction."""
+    before = model(body, inputs, out)
+    target = eager(Conv=conv_rule("int8", per_channel=True))
+    by_channel = rewritten(before, QuantizeDynamic(target))
+    by_tensor = rewritten(before, QuantizeDynamic(target, granularity="tensor"))
+    assert weight_scales(by_channel) == {shape}
+    assert weight_scales(by_tensor) == {(2,) if len(shape) == 2 else ()}
+    assert executed(by_tensor, tmp_path) == executed(by_channel, tmp_path)
+    exact = outputs(before, "off")[0]
+    fine, coarse = (sqnr_db(exact, outputs(m)[0]) for m in (by_channel, by_tensor))
+    assert fine > coarse > 28
+
+
+def weight_scales(subject: Model) -> set[tuple[int, ...]]:
+    """Shapes of the scales of weights."""
+    lstms = [t for n in subject.nodes("DynamicQuantizeLSTM") for t in (n.inputs[8], n.inputs[10])]
+    scales = [n.inputs[1] for n in subject.nodes("Mul") if values_of(n.inputs[1]) is not None]
+    return {np.shape(np.asarray(values_of(t))) for t in (*lstms, *scales)}
+
+
 def test_an_lstm_in_a_body() -> None:
     body = (
         "y = If(k) <then_branch = p () => (float[5, 1, 3, 16] u)"

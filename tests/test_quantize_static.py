@@ -15,6 +15,7 @@ import pytest
 from onnx import numpy_helper, parser
 
 from onnxq import runtime
+from onnxq.calibration import load_calibration
 from onnxq.data import Samples, open_samples
 from onnxq.errors import DataError
 from onnxq.model import Model
@@ -484,6 +485,27 @@ def test_a_saved_calibration_is_used_again(tmp_path: Path) -> None:
                    calibration=path)(again)  # fmt: skip
     simplify_qdq(again)
     assert again.to_proto() == first.to_proto()
+
+
+def test_a_calibration_is_completed_with_the_same_samples_alone(tmp_path: Path) -> None:
+    """What other options left out is added; of other samples it would be a mixture."""
+    before = model(f"c = Conv(x, w, b) e = Conv(c, w2) {TAIL}", outputs="float[a, b] y")
+    path, whole = tmp_path / "ranges.npz", tmp_path / "whole.npz"
+    quantized(before, calibration=path, layers=("op:Gemm=float", "op:MatMul=float"))
+    quantized(before, calibration=path, layers=("last=float",))
+    _, meta = load_calibration(path)
+    first = path.read_bytes()
+    quantized(before, calibration=path, layers=("first=float",))
+    quantized(before, calibration=path)
+    quantized(before, calibration=whole)
+    found, expected = load_calibration(path), load_calibration(whole)
+    assert found[1] == expected[1] == meta
+    assert {n: str(s) for n, s in found[0].items()} == {n: str(s) for n, s in expected[0].items()}
+    path.write_bytes(first)
+    zeros = open_samples([{"x": np.zeros((1, 8, 12, 12), np.float32)}], before)
+    with pytest.raises(DataError, match="has no statistics of"):
+        QuantizeStatic(everything(), zeros, calibration=path)(before.copy())
+    assert path.read_bytes() == first
 
 
 def test_a_calibration_of_another_model_is_refused(tmp_path: Path) -> None:

@@ -307,3 +307,82 @@ def test_recurrent_weights_share_scales_in_groups() -> None:
     by_16, by_channel, by_4 = db
     assert by_4 > by_16
     assert by_4 > by_channel + 3
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel", "group"])
+@pytest.mark.parametrize("form", ["int8", "uint8"])
+def test_balanced_rounding_of_convolutions(granularity: Any, form: str) -> None:
+    """No sum over a scale's values is off by more than half a step; to the nearest many are."""
+    before, kinds = model("y = Conv(x, w)", IMAGE, "float[a, b, c, d] y"), {}
+    weight = before.nodes("Conv")[0].inputs[1].values
+    for rounding in ("even", "balanced"):
+        after = before.copy()
+        QuantizeWeights(form, granularity, rounding=rounding, symmetric=form == "int8")(after)
+        (conv,) = after.nodes("Conv")
+        (unpacked,) = runtime.session(fetching(after, conv.inputs[1])).run(None, feed(after))[-1:]
+        (scale,) = (t.values.reshape(-1, 1) for t in constants(after) if "_scale" in t.name)
+        error = (unpacked - weight).reshape(max(16, len(scale)), -1) / scale
+        assert np.abs(error).max() < 1.01
+        kinds[rounding] = np.abs(error.sum(1))
+    assert kinds["balanced"].max() < 0.51
+    assert kinds["even"].max() > 1
+
+
+def fetching(model: Model, tensor: gs.Tensor) -> Model:
+    model.graph.outputs.append(tensor)
+    return model
+
+
+def feed(model: Model) -> dict[str, np.ndarray]:
+    return dict(next(iter(synthetic_samples(model, 1))))
+
+
+def test_products_and_floats_are_not_balanced() -> None:
+    """Balancing is for sums over neighbours that are alike, and moves by steps of one size."""
+    for case, form in (("MatMul", "int8"), ("Gemm", "uint8"), ("Conv", "float8e4m3fn")):
+        plain = model(*CASES[case])
+        plain.raise_opset(21)
+        other = plain.copy()
+        layers = ("op:MatMul=float",) if case == "Conv" else ()
+        QuantizeWeights(form, layers=layers)(plain)
+        QuantizeWeights(form, rounding="balanced", layers=layers)(other)
+        assert plain.to_proto() == other.to_proto()
+
+
+TWO = "c = Conv(x, w) f = Flatten(c) k = Constant<value_ints = [-1, 32]>() r = Reshape(f, k) y = MatMul(r, m)"
+
+
+def test_the_smallest_weights_have_twice_the_bits() -> None:
+    """w has 1152 of 2688 values (43 %), m the rest: w alone fits into a half."""
+
+    def widened(share: float, form: str = "int8", **options: Any) -> list[str]:
+        after = model(TWO, IMAGE, "float[a, b] y")
+        after.raise_opset(21)
+        notes = QuantizeWeights(form, wide_share=share, **options)(after)
+        return [note.text.split()[2] for note in notes if note.changed]
+
+    assert widened(0.0) == widened(0.42) == ["int8", "int8"]
+    assert widened(0.5) == ["int16", "int8"]
+    assert widened(1.0) == ["int16", "int16"]
+    assert widened(0.5, "uint4", symmetric=False) == ["uint8", "uint4"]
+    assert widened(0.5, "int16") == ["int16", "int16"]  # nothing is wider
+    assert widened(0.5, levels=63) == ["int8", "int8"]
+    assert widened(0.5, layers=("op:Conv=int8",)) == ["int8", "int8"]
+    assert widened(0.5, layers=("op:Conv=int4",)) == ["int4", "int8"]
+
+
+def test_twice_the_bits_lose_less() -> None:
+    before, db = model(TWO, IMAGE, "float[a, b] y"), []
+    for share in (0.0, 0.5):
+        after = before.copy()
+        QuantizeWeights(wide_share=share)(after)
+        onnx.checker.check_model(after.to_proto(), full_check=True)
+        db.append(sqnr_db(outputs(before), outputs(after)))
+    assert db[1] > db[0] + 2, db
+
+
+def test_twice_the_bits_have_to_save_something() -> None:
+    """16 bits and scales are more than a float16 weight."""
+    after = model("y = MatMul(x, m)", "float16[32, 32] x", "float16[a, b] y", np.float16)
+    (note,) = QuantizeWeights(wide_share=1.0)(after)
+    assert "int8" in note.text

@@ -10,8 +10,7 @@
 Rounding error (mse): s^2 / 12 for a value between grid points s apart (Bennett 1948), x^2 for
 |x| < s / 2, which becomes 0: after a ReLU much of the mass is there. Clipping error: (|x| - T)^2.
 Rounding errors go both ways and cancel in the sums of the next layer; what is clipped is always
-lost, which `careful` allows for. (A factor of 3: 0.1 to 0.9 dB more than mse in six nets of six; 10
-is worse in three of them.)
+lost, which `careful` allows for. (A factor of 3: 0.03 to 0.9 dB more than mse, on six nets.)
 
 Divergence (entropy), after S. Migacz, "8-bit Inference with TensorRT", GTC 2017: P is the reference
 with what lies outside added to the outermost cell, Q spreads each cell's mass evenly over the cell,
