@@ -12,6 +12,7 @@ from onnxq import runtime
 from onnxq.core import Note
 from onnxq.data import Samples
 from onnxq.errors import BudgetError, ModelError
+from onnxq.layers import WEIGHTS, has_weight, is_packed
 from onnxq.lint import conformance
 from onnxq.loading import ModelLike, load
 from onnxq.model import Model
@@ -25,6 +26,7 @@ INTEGER = frozenset(
     "DequantizeLinear".split()
 )
 """Operators that only a quantized model has."""
+STORED = tuple(op for op in WEIGHTS if op not in INTEGER)
 NOTHING = "nothing was quantized"
 INVALID = (onnx.checker.ValidationError, onnx.shape_inference.InferenceError)
 
@@ -42,11 +44,14 @@ def require_quantized(notes: Sequence[Note], model: Model) -> None:
 def why_not(notes: Sequence[Note], model: Model) -> str:
     """Why nothing was quantized: that the model already is, or the commonest reasons."""
     ops = Counter(node.op for node in model.nodes() if node.op in INTEGER)
+    ops = ops or Counter(f"{n.op} of stored weights" for n in model.nodes(*STORED) if is_packed(n))
     if ops:
         listed = ", ".join(f"{count} {op}" for op, count in ops.most_common(3))
         return f"the model is already quantized ({listed}): start from the float model"
     reasons = Counter(n.text for n in notes if not n.changed and n.rule.startswith("quantize"))
     why = "; ".join(f"{text} ({count})" for text, count in reasons.most_common(3))
+    if any(has_weight(node) for node in model.nodes(*WEIGHTS)):
+        return why or "the weights of the model are too small to gain by it"
     return why or "the model has no layer with a weight"
 
 

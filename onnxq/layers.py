@@ -30,6 +30,7 @@ from onnxq.errors import RecipeError, meant
 from onnxq.graphs import bodies_of, walk
 from onnxq.model import Model, producer
 from onnxq.schemes import FORMATS
+from onnxq.weights import data_type_of
 
 ACTIVATION_BITS, WEIGHT_BITS = ("8", "16"), ("2", "4", "8", "16")
 # Inputs that hold a layer's weight; in integer operators too: another pass may have been there.
@@ -44,6 +45,8 @@ CONTRIB = ("MatMulNBits", "DynamicQuantizeMatMul", "DynamicQuantizeLSTM")
 UNPACKING = (
     "DequantizeLinear", "Cast", "Sub", "Mul", "Add", "Gather", "Reshape", "Transpose", "Identity",
 )  # fmt: skip
+
+NARROW = {data_type_of(f.dtype) for name, f in FORMATS.items() if name != "int32"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +180,30 @@ def has_weight(node: gs.Node) -> bool:
         return False
     held = [node.inputs[i] for i in WEIGHTS[node.op] if i < len(node.inputs)]
     return any(_is_stored(t) and (t.shape is None or len(t.shape) > 1) for t in held)
+
+
+def is_packed(node: gs.Node) -> bool:
+    """Whether it is a layer with a weight that is unpacked from integers (or float8)."""
+    if not has_weight(node):
+        return False
+    held = [node.inputs[i] for i in WEIGHTS[node.op] if i < len(node.inputs)]
+    return any(_is_stored(t) and any(map(_is_narrow, _stored_in(t))) for t in held)
+
+
+def _stored_in(tensor: gs.Tensor) -> Iterator[gs.Tensor]:
+    """The constants that a stored tensor is unpacked from."""
+    if isinstance(tensor, gs.Constant):
+        yield tensor
+    elif (node := producer(tensor)) is not None and node.op in UNPACKING:
+        for source in node.inputs:
+            yield from _stored_in(source)
+
+
+def _is_narrow(constant: gs.Tensor) -> bool:
+    """Whether it holds a weight's numbers: not a shape, scale or float."""
+    if constant.dtype is None or len(constant.shape or ()) < 2:
+        return False
+    return data_type_of(constant.dtype) in NARROW
 
 
 def _is_stored(tensor: gs.Tensor) -> bool:

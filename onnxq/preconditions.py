@@ -48,6 +48,22 @@ def check_output(
             raise RecipeError(f"{target}: is an input of this run; choose another output")
 
 
+def check_reports(reports: Sequence[str], taken: Sequence[object]) -> None:
+    """Raise for a report that cannot be written, or is a file that the run reads or writes.
+
+    Those need not be there yet. Raises ModelError, RecipeError.
+    """
+    others = {os.path.realpath(p) for p in taken if isinstance(p, str | os.PathLike)}
+    for report in reports:
+        path = os.path.realpath(report)
+        if path in others or any(_is_same(other, Path(path)) for other in taken):
+            raise RecipeError(
+                f"{report}: is a file that this run reads or writes; choose another output"
+            )
+        check_writable(report)
+        others.add(path)
+
+
 def _is_same(path: object, other: Path) -> bool:
     if not isinstance(path, str | os.PathLike):
         return False

@@ -15,7 +15,7 @@ from onnxq.attempts import Attempt, Setting, attempt
 from onnxq.choosing import BUDGET, SLOWER, Candidate, Objective, choose, judged
 from onnxq.core import Note, Pass
 from onnxq.demands import NOTHING, missed
-from onnxq.errors import BudgetError, RecipeError
+from onnxq.errors import BudgetError, ModelError, OnnxqError, RecipeError
 from onnxq.fingerprint import fingerprint
 from onnxq.loading import size_of
 from onnxq.model import Model
@@ -93,16 +93,19 @@ def choose_one(
 
 
 def _tried(recipe: Recipe, model: Model, setting: Setting, *, has_data: bool) -> list[_Try]:
-    """A result of each recipe, or why there is none; what all begin with is done once."""
-    tries: list[_Try] = []
-    planned: dict[str, tuple[Pass, ...]] = {}
-    for one in recipe.choose:
+    """A result of each recipe, or why there is none; what all begin with is done once.
+
+    One that stumbles is out, and the others go on: what is wrong with all of them is an error.
+    """
+    tries = []
+    planned: dict[int, tuple[Pass, ...]] = {}  # by place: files of two folders may have one name
+    for number, one in enumerate(recipe.choose):
         verdict = ""
         if wants(one, "samples") and not has_data:
             verdict = NEEDS_DATA
         else:
             try:
-                planned[one.name] = _planned(one, setting)
+                planned[number] = _planned(one, setting)
             except RecipeError as e:
                 verdict = str(e)
         tries.append(_Try(Candidate(one.name, verdict=verdict)))
@@ -110,20 +113,29 @@ def _tried(recipe: Recipe, model: Model, setting: Setting, *, has_data: bool) ->
         planned = _told_apart(planned, Path(folder))
         shared = _common(list(planned.values()))
         notes = _rewrite(model, shared, setting)
-        seen: dict[str, str] = {}
-        for one, this in zip(recipe.choose, tries, strict=True):
-            if this.candidate.is_open:
-                copy = model.copy()
-                added = _rewrite(copy, planned[one.name][len(shared) :], setting)
-                this.candidate = _first_of_its_kind(this.candidate, copy, seen)
-                if this.candidate.is_open:
-                    _judge(this, one, copy, [*notes, *added], setting)
+        seen: dict[str, int] = {}
+        errors: list[OnnxqError] = []
+        for number, passes in planned.items():
+            this, copy = tries[number], model.copy()
+            try:
+                added = _rewrite(copy, passes[len(shared) :], setting)
+                earlier = seen.setdefault(fingerprint(copy), number)
+                if earlier != number:
+                    verdict = f"{SAME} {recipe.choose[earlier].name}"
+                    this.candidate = replace(this.candidate, verdict=verdict)
+                    continue
+                _judge(this, recipe.choose[number], copy, [*notes, *added], setting)
+            except (RecipeError, ModelError) as e:
+                errors.append(e)
+                this.candidate = replace(this.candidate, verdict=str(e))
+    if errors and not any(this.done for this in tries):
+        raise errors[0]
     return tries
 
 
 def _told_apart(
-    planned: Mapping[str, tuple[Pass, ...]], folder: Path
-) -> dict[str, tuple[Pass, ...]]:
+    planned: Mapping[int, tuple[Pass, ...]], folder: Path
+) -> dict[int, tuple[Pass, ...]]:
     """Give candidates that calibrate another model than the first one files in the folder.
 
     Which model it is depends on the passes before (a newer opset, say); those with the same ones
@@ -131,15 +143,15 @@ def _told_apart(
     """
     models: list[tuple[Pass, ...]] = []
     result = {}
-    for name, passes in planned.items():
+    for number, passes in planned.items():
         before = tuple(takewhile(lambda pass_: not _calibrates(pass_), passes))
-        result[name] = passes
+        result[number] = passes
         if len(before) < len(passes):
             if before not in models:
                 models.append(before)
-            if number := models.index(before):
-                file = folder / f"{number}.npz"
-                result[name] = tuple(
+            if place := models.index(before):
+                file = folder / f"{place}.npz"
+                result[number] = tuple(
                     replace(cast(Any, p), calibration=file) if _calibrates(p) else p for p in passes
                 )
     return result
@@ -151,13 +163,6 @@ def _calibrates(pass_: Pass) -> bool:
 
 def _rewrite(model: Model, passes: Sequence[Pass], setting: Setting) -> list[Note]:
     return [note for pass_ in passes for note in setting.job.run(pass_, model)]
-
-
-def _first_of_its_kind(candidate: Candidate, model: Model, seen: dict[str, str]) -> Candidate:
-    """The candidate, closed if an earlier one came to the same model."""
-    earlier = seen.setdefault(fingerprint(model), candidate.recipe)
-    same = earlier != candidate.recipe
-    return replace(candidate, verdict=f"{SAME} {earlier}") if same else candidate
 
 
 def _judge(

@@ -68,9 +68,13 @@ def configured(recipe: Recipe, settings: Settings | None, layers: Sequence[str] 
     if not fitting:
         flags = ", ".join(map(_flag, wanted))
         raise RecipeError(f"none of what {recipe.name} chooses from takes all of {flags}")
-    if recipe.choose:
-        return replace(recipe, choose=tuple(_with(one, given, layers) for one in fitting))
-    return _with(recipe, given, layers)
+    changed = [_with(one, given, layers) for one in fitting]
+    if "group_size" in given and not (changed := [one for one in changed if _has_groups(one)]):
+        raise RecipeError(
+            f"recipe {recipe.name} shares no scales in groups: --group-size needs "
+            "--granularity group"
+        )
+    return replace(recipe, choose=tuple(changed)) if recipe.choose else changed[0]
 
 
 def _with(recipe: Recipe, given: Mapping[str, Any], layers: Sequence[str]) -> Recipe:
@@ -82,6 +86,15 @@ def _with(recipe: Recipe, given: Mapping[str, Any], layers: Sequence[str]) -> Re
         own = options.setdefault(name, {})
         own["layers"] = [*own.get("layers", ()), *layers]
     return replace(recipe, options=options)
+
+
+def _has_groups(recipe: Recipe) -> bool:
+    """Whether one of the passes that take a group size shares scales in groups, or may (auto)."""
+    for name in _takers(recipe, "group_size"):
+        default = next(o.default for o in options_of(find_pass(name)) if o.name == "granularity")
+        if recipe.options.get(name, {}).get("granularity", default) in ("group", "auto"):
+            return True
+    return False
 
 
 def _takers(recipe: Recipe, setting: str) -> dict[str, str]:

@@ -18,7 +18,7 @@ import onnx_graphsurgeon as gs
 from onnxq.core import Note, Skip
 from onnxq.graphs import bodies_of
 from onnxq.mincut import INFINITE, Network
-from onnxq.model import Model, readers, values_of
+from onnxq.model import Model, producer, readers, values_of
 from onnxq.passes.costs import node_ns, size
 from onnxq.passes.ops import (
     OPS,
@@ -140,6 +140,8 @@ def check(node: gs.Node, rule: OpRule) -> None:
     for tensor in node.inputs[:2]:
         if tensor.inputs and tensor.inputs[0].op == "DequantizeLinear":
             raise Skip("it is already quantized")
+    if spec.role == "absorb" and _is_integer(node.inputs[0]):
+        raise Skip("it is a part of a layer that is already quantized")
     if weight is None and spec.weight is not None and node.op != "MatMul":
         raise Skip("its weight is not constant")
     for tensor in (*data, *((node.inputs[weight],) if weight is not None else ())):
@@ -161,6 +163,15 @@ def check(node: gs.Node, rule: OpRule) -> None:
         _check_values(node.inputs[weight], "its weight")
     if spec.role in ("linear", "carry") and not data:
         raise Skip("all its inputs are constant")
+
+
+def _is_integer(tensor: gs.Tensor) -> bool:
+    """Whether a linear or carrying operator behind DequantizeLinear makes it, a clamp's layer."""
+    maker = producer(tensor)
+    if maker is None or maker.op not in OPS or OPS[maker.op].role not in ("linear", "carry"):
+        return False
+    sources = [producer(t) for t in maker.inputs[:1]]
+    return any(source is not None and source.op == "DequantizeLinear" for source in sources)
 
 
 def _check_values(constant: gs.Tensor, what: str) -> None:

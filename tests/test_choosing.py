@@ -143,6 +143,32 @@ def test_candidates_that_calibrate_different_models(tmp_path: Path) -> None:
     onnxq.optimize(proto, data=lambda: iter(data), recipe="int8", calibration=file)
 
 
+def test_candidates_may_have_one_name(tmp_path: Path) -> None:
+    (tmp_path / "int8.toml").write_text(load_recipe("int8-weights").to_toml())
+    both = tmp_path / "both.toml"
+    both.write_text('description = "two"\nchoose = ["int8", "int8.toml"]')
+    report = onnxq.optimize(MODEL, data=DATA, recipe=str(both), objective="size")
+    first, second = report.candidates
+    assert first.recipe == second.recipe == "int8"
+    assert first.sqnr_db != second.sqnr_db
+
+
+def test_a_candidate_that_stumbles_is_out_and_the_others_go_on(tmp_path: Path) -> None:
+    def tried(names: str) -> onnxq.Report:
+        both = tmp_path / "both.toml"
+        both.write_text(f'description = "d"\nchoose = [{names}]')
+        return onnxq.optimize(
+            MODEL, data=DATA, recipe=str(both), target="openvino", layers=["first=a16"],
+            objective="size",
+        )  # fmt: skip
+
+    report = tried('"int8", "int8-weights"')
+    assert "executes no activations of 16 bits" in report.candidates[0].verdict
+    assert report.plan.name == "int8-weights"
+    with pytest.raises(RecipeError, match="executes no activations of 16 bits"):
+        tried('"int8"')
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

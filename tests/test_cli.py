@@ -220,6 +220,31 @@ def test_mistakes_are_one_line(
     assert set(tmp_path.iterdir()) == before
 
 
+@pytest.mark.parametrize("flag", ["--save-plan", "--json"])
+@pytest.mark.parametrize("name", ["model.onnx", "out.onnx", "./link.onnx", "calib.npz", "no/x"])
+def test_reports_do_not_take_the_place_of_other_files(
+    flag: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for source, copy in ((MODEL, "model.onnx"), (DATA, "calib.npz")):
+        Path(copy).write_bytes(source.read_bytes())
+    Path("link.onnx").symlink_to("model.onnx")
+    done = run("optimize", "model.onnx", "out.onnx", "--data", "calib.npz", flag, name,
+               "--recipe", "int8-weights", "--no-validate")  # fmt: skip
+    assert done.exit_code == 2
+    assert ("cannot be written" if name == "no/x" else "reads or writes") in done.stderr
+    assert Path("model.onnx").read_bytes() == MODEL.read_bytes()
+    assert not Path("out.onnx").exists()
+    assert run("inspect", "model.onnx", "--json", "link.onnx").exit_code == 2
+    assert Path("model.onnx").read_bytes() == MODEL.read_bytes()
+
+
+def test_a_plan_and_a_report_have_a_file_each(tmp_path: Path) -> None:
+    out, both = tmp_path / "out.onnx", tmp_path / "both"
+    done = run("optimize", MODEL, out, "--save-plan", both, "--json", both)
+    assert (done.exit_code, both.exists(), out.exists()) == (2, False, False)
+
+
 def test_a_quantized_model_is_left_alone(
     optimized: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:

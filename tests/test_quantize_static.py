@@ -556,10 +556,11 @@ def test_schemes(form: str, symmetric: bool, weights: QuantScheme) -> None:
     assert fidelity(before, after) > 20
 
 
-def test_a_second_run_changes_nothing() -> None:
+@pytest.mark.parametrize("target", ["ort-cpu", "esp-dl"])
+def test_a_second_run_changes_nothing(target: str) -> None:
     before = model(f"c = Conv(x, w, b) r = Relu(c) e = Conv(r, w2) {TAIL}", outputs="float[a, b] y")
-    once, _ = quantized(before)
-    twice, notes = quantized(once)
+    once, _ = quantized(before, target)
+    twice, notes = quantized(once, target)
     assert not any(note.changed for note in notes)
     assert twice.to_proto() == once.to_proto()
 

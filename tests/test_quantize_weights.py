@@ -14,6 +14,7 @@ import pytest
 from onnx import numpy_helper, parser
 
 from onnxq import runtime
+from onnxq.demands import why_not
 from onnxq.model import Model
 from onnxq.numerics.metrics import sqnr_db
 from onnxq.passes import QuantizeWeights
@@ -84,6 +85,15 @@ def test_every_operator(name: str, tmp_path: Path) -> None:
     ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
     left = Model.load(tmp_path / "o.onnx").nodes("Mul", "DequantizeLinear")
     assert left == []  # unpacked when the model was loaded
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_result_is_known_again(name: str) -> None:
+    result, floats = model(*CASES[name]), model(*CASES[name])
+    assert "too small" in why_not([], floats)
+    QuantizeWeights()(result)
+    assert "already quantized (" in why_not([], result)
+    assert "of stored weights)" in why_not([], result)
 
 
 def test_the_table_has_a_test_for_each_row() -> None:

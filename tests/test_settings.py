@@ -31,13 +31,12 @@ def options(recipe: Recipe) -> dict[str, dict[str, Any]]:
 
 def test_a_setting_goes_to_each_pass_that_has_it() -> None:
     asked = Settings(weights="int4", range="mse", activation_range="entropy", activations="a16")
+    own = options(load_recipe("int8"))["quantize_weights"]
     assert options(configured(load_recipe("int8"), asked)) == {
         "quantize_static": {
             "range": "entropy", "weight_range": "mse", "weights": "int4", "activations": "a16",
         },
-        "quantize_weights": {
-            "format": "int4", "range": "mse", "rounding": "balanced", "wide_share": 0.05,
-        },
+        "quantize_weights": {**own, "format": "int4", "range": "mse"},
     }  # fmt: skip
 
 
@@ -73,6 +72,8 @@ WRONG = [
     ("int8-weights", Settings(activation_range="mse"), (), "takes --activation-range: use .*int8"),
     ("cleanup", None, ("first=float",), "no pass that takes --layer: use .*int8"),
     ("int8", None, ("first",), "write PATTERN=FORMAT"),
+    ("int8-weights", Settings(group_size=8), (), "--group-size needs --granularity group"),
+    ("int4-weights", Settings(granularity="channel", group_size=8), (), "needs --granularity"),
 ]
 
 

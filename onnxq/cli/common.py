@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager, suppress
 from functools import wraps
 from math import isfinite
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from onnxq.job import Progress
 
 BUG = 70  # EX_SOFTWARE of sysexits.h
+REPORTS = ("json_file", "save_plan")
+FILES = ("model", "original", "result", "output", "data", "calibration")
 
 DATA = """Samples: an .npz file (arrays named as the model's inputs, sample axis first, and maybe
 `labels`), a .npy of the only input, a folder of .npz or .npy (one a sample), a folder of images
@@ -67,6 +69,7 @@ def output_options(command: Any) -> Any:
     @wraps(command)
     def run(*args: Any, debug: bool, **kwargs: Any) -> None:
         with errors(debug=debug):
+            _check_reports(kwargs)
             command(*args, **kwargs)
 
     for option in (
@@ -78,6 +81,19 @@ def output_options(command: Any) -> Any:
     ):
         run = option(run)
     return run
+
+
+def _check_reports(given: Mapping[str, Any]) -> None:
+    """Before the work: what is written beside the result must not take the place of a file of it.
+
+    Raises ModelError where a file cannot be written, RecipeError where it is another of the run's.
+    """
+    asked = [given.get(name) for name in REPORTS]
+    paths = [path for path in asked if path is not None and path != "-"]
+    if paths:
+        from onnxq.preconditions import check_reports
+
+        check_reports(paths, [given[name] for name in FILES if given.get(name) is not None])
 
 
 @contextmanager
