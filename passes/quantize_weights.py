@@ -75,8 +75,8 @@ class QuantizeWeights:
     wherever the target has one, auto where it is also faster, storage never. recurrent_group: in
     LSTM, GRU and RNN, whose errors add up from step to step, so many values share a scale instead
     of a channel's (0: a channel's). wide_share: the smallest weights, together so large a part of
-    all, get 16 bits in place of 8: layers of few weights show each step. layers: "PATTERN=FORMAT" for
-    single layers, the last match wins.
+    all, get 16 bits in place of 8: layers of few weights show each step. layers: "PATTERN=FORMAT"
+    for single layers, the last match wins.
     """
 
     format: str = "int8"
@@ -99,12 +99,14 @@ class QuantizeWeights:
     def __post_init__(self) -> None:
         named = {c.weights for c in Layers.parse(self.layers).all if c.weights}
         for format in (self.format, *sorted(named)):
-            scheme = self._scheme(format)
             allowed = self.target.stored_formats if self.target is not None else ()
-            if scheme.format == "int32" or (allowed and scheme.format not in allowed):
-                runs = "weights" if self.target is None else self.target.name
+            if format not in FORMATS or format == "int32" or (allowed and format not in allowed):
+                runs = "ONNX Runtime" if self.target is None else self.target.name
                 listed = ", ".join(allowed or (f for f in FORMATS if f != "int32"))
-                raise ValueError(f"{format}: {runs} cannot run weights in it: use one of {listed}")
+                raise ValueError(
+                    f"format {format!r}: {runs} cannot run weights in it: use one of {listed}"
+                )
+            self._scheme(format)
 
     @property
     def name(self) -> str:
