@@ -99,12 +99,14 @@ class QuantizeWeights:
     def __post_init__(self) -> None:
         named = {c.weights for c in Layers.parse(self.layers).all if c.weights}
         for format in (self.format, *sorted(named)):
-            scheme = self._scheme(format)
             allowed = self.target.stored_formats if self.target is not None else ()
-            if scheme.format == "int32" or (allowed and scheme.format not in allowed):
-                runs = "weights" if self.target is None else self.target.name
+            if format not in FORMATS or format == "int32" or (allowed and format not in allowed):
+                runs = "ONNX Runtime" if self.target is None else self.target.name
                 listed = ", ".join(allowed or (f for f in FORMATS if f != "int32"))
-                raise ValueError(f"{format}: {runs} cannot run weights in it: use one of {listed}")
+                raise ValueError(
+                    f"format {format!r}: {runs} cannot run weights in it: use one of {listed}"
+                )
+            self._scheme(format)
 
     @property
     def name(self) -> str:
