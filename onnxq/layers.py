@@ -76,7 +76,7 @@ class Choice:
     @property
     def reason(self) -> str:
         """Why, for notes."""
-        return f"asked for by --layer '{self.pattern}={self.format}'"
+        return f"asked for by the override '{self.pattern}={self.format}'"
 
 
 @dataclass(frozen=True, slots=True)

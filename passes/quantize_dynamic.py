@@ -42,7 +42,7 @@ class QuantizeDynamic:
 
     per_row: whether each row of a MatMul's or Gemm's input (a token's values, say) has a range of
     its own, which is closer where rows differ, and slower. weight_range: how scales of weights are
-    chosen. granularity: one scale of weights a tensor is what an LSTM's kernel is fastest with, one
+    chosen. scales: one scale of weights a tensor is what an LSTM's kernel is fastest with, one
     a channel is closer. layers: overrides, see `onnxq.layers`. shapes: of one sample's inputs by
     name, to know sizes; free axes count as 1 (the first) or 64 without.
     """
@@ -50,7 +50,7 @@ class QuantizeDynamic:
     target: Target
     per_row: bool = False
     weight_range: Literal["minmax", "mse"] = "minmax"
-    granularity: Literal["channel", "tensor"] = "channel"
+    scales: Literal["channel", "tensor"] = "channel"
     layers: tuple[str, ...] = ()
     shapes: Mapping[str, Sequence[int]] | None = None
 
@@ -110,7 +110,7 @@ class QuantizeDynamic:
         if choice is not None and choice.weights not in (None, rule.weights.format):
             raise Skip(f"{choice.reason}: its kernel has {rule.weights.format} weights")
         check_lstm(node) if node.op == "LSTM" else check_product(node)
-        if self.granularity == "tensor":
+        if self.scales == "tensor":
             return replace(rule, weights=replace(rule.weights, granularity=PerTensor()))
         return rule
 

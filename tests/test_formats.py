@@ -215,7 +215,7 @@ def test_what_is_asked_for_wins_over_rules_and_costs() -> None:
     found = [n.text for n in notes if n.changed and "Conv" in n.text]
     assert found == ["Conv: uint8 activations, int8 weights"] * 2
     notes = QuantizeStatic(everything(), all_samples, layers=("first=float",))(before.copy())
-    assert "asked for by --layer 'first=float'" in [n.text for n in notes]
+    assert "asked for by the override 'first=float'" in [n.text for n in notes]
 
 
 REFUSED = [
@@ -250,7 +250,7 @@ def test_overrides_are_refused_before_samples_are_run(
 ) -> None:
     before, file = model(CONV), tmp_path / "stats.npz"
     pass_ = QuantizeStatic(load_target(target), samples(before), calibration=file, layers=(layer,))
-    with pytest.raises(RecipeError, match=f"asked for by --layer '{layer}': {reason}"):
+    with pytest.raises(RecipeError, match=f"asked for by the override '{layer}': {reason}"):
         pass_(before)
     assert not file.exists()
 

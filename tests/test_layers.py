@@ -117,7 +117,7 @@ def test_formats(
     assert choice == Choice("op:Conv", format_, activations, weights, static)
     assert choice.is_float == (format_ == "float")
     assert choice.is_asked == (format_ not in ("float", "w4"))
-    assert choice.reason == f"asked for by --layer 'op:Conv={format_}'"
+    assert choice.reason == f"asked for by the override 'op:Conv={format_}'"
 
 
 ERRORS = [

@@ -276,7 +276,7 @@ def test_one_scale_a_tensor_where_it_is_asked_for(
     before = model(body, inputs, out)
     target = eager(Conv=conv_rule("int8", per_channel=True))
     by_channel = rewritten(before, QuantizeDynamic(target))
-    by_tensor = rewritten(before, QuantizeDynamic(target, granularity="tensor"))
+    by_tensor = rewritten(before, QuantizeDynamic(target, scales="tensor"))
     assert weight_scales(by_channel) == {shape}
     assert weight_scales(by_tensor) == {(2,) if len(shape) == 2 else ()}
     assert executed(by_tensor, tmp_path) == executed(by_channel, tmp_path)
@@ -484,9 +484,9 @@ def test_small_layers_are_stored() -> None:
 @pytest.mark.parametrize(
     ("layers", "taken", "reason"),
     [
-        (("*=float",), [], "asked for by --layer '*=float'"),
+        (("*=float",), [], "asked for by the override '*=float'"),
         (("op:MatMul=int4",), [], "its kernel has int8 weights"),
-        (("*=float", "last=int8"), ["last"], "asked for by --layer '*=float'"),
+        (("*=float", "last=int8"), ["last"], "asked for by the override '*=float'"),
     ],
 )
 def test_layers(layers: tuple[str, ...], taken: list[str], reason: str) -> None:

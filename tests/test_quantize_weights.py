@@ -269,7 +269,7 @@ DECLINES = [
     pytest.param({"format": "int2"}, 21, "opset 25 has", id="opset-2"),
     pytest.param({"format": "float8e5m2"}, 17, "opset 19 has", id="opset-float8"),
     pytest.param({"granularity": "group", "group_size": 1}, 17, "save nothing", id="no-smaller"),
-    pytest.param({"layers": ("op:MatMul=float",)}, 17, "asked for by --layer", id="layer"),
+    pytest.param({"layers": ("op:MatMul=float",)}, 17, "asked for by the override", id="layer"),
 ]
 
 
