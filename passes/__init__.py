@@ -9,6 +9,7 @@ from onnxq.passes.cancel_transposes import cancel_transposes
 from onnxq.passes.convert_float32 import convert_float32
 from onnxq.passes.drop_dead_nodes import drop_dead_nodes
 from onnxq.passes.drop_noops import drop_noops
+from onnxq.passes.drop_traces import drop_traces
 from onnxq.passes.drop_zero_states import drop_zero_states
 from onnxq.passes.fold_add import fold_add
 from onnxq.passes.fold_batchnorm import fold_batchnorm
@@ -38,7 +39,7 @@ cleanup = Fixpoint(
         "cleanup",
         (
             fold_constants, drop_noops, fold_shapes, inline_if, merge_slices, share_nodes, fold_pad,
-            drop_zero_states, cancel_transposes, merge_reshapes, fuse_normalisations,
+            drop_traces, drop_zero_states, cancel_transposes, merge_reshapes, fuse_normalisations,
             fuse_activations, fold_batchnorm, fold_mul, fold_add, drop_dead_nodes,
             share_initializers,
         ),
@@ -52,6 +53,7 @@ PASSES: dict[str, Pass | type[Any]] = {
     "convert_float32": convert_float32,
     "drop_dead_nodes": drop_dead_nodes,
     "drop_noops": drop_noops,
+    "drop_traces": drop_traces,
     "drop_zero_states": drop_zero_states,
     "fold_add": fold_add,
     "fold_batchnorm": fold_batchnorm,
@@ -89,6 +91,7 @@ __all__ = [
     "convert_float32",
     "drop_dead_nodes",
     "drop_noops",
+    "drop_traces",
     "drop_zero_states",
     "fold_add",
     "fold_batchnorm",

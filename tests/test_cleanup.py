@@ -15,6 +15,7 @@ from onnxq.passes import (
     cleanup,
     drop_dead_nodes,
     drop_noops,
+    drop_traces,
     fold_add,
     fold_batchnorm,
     fold_constants,
@@ -299,3 +300,27 @@ def test_check_wants_finite_references() -> None:
     zeros = [{"x": np.zeros((2, 4, 8, 8), np.float32)}]
     with pytest.raises(AssertionError, match="not finite"):
         check(drop_noops, graph("y = Log(x)"), feeds=zeros)
+
+
+def test_drop_traces() -> None:
+    model = parser.parse_model(
+        '<ir_version: 10, opset_import: ["": 20]> g (float[2] x) => (float[2] y) { y = Relu(x) }'
+    )
+    for key in ("namespace", "pkg.torch.onnx.stack_trace", "mine"):
+        model.graph.node[0].metadata_props.add(key=key, value="text")
+    model.metadata_props.add(key="pkg.torch.onnx.of_the_model", value="text")
+    after = Model.from_proto(model)
+    (note,) = drop_traces(after)
+    assert note.text.startswith("1 nodes told")
+    proto = after.to_proto()
+    assert [p.key for p in proto.graph.node[0].metadata_props] == ["mine"]
+    assert [p.key for p in proto.metadata_props] == ["pkg.torch.onnx.of_the_model"]
+    assert not drop_traces(after)
+
+
+def test_a_namespace_of_ones_own_stays() -> None:
+    model = parser.parse_model(
+        '<ir_version: 10, opset_import: ["": 20]> g (float[2] x) => (float[2] y) { y = Relu(x) }'
+    )
+    model.graph.node[0].metadata_props.add(key="namespace", value="text")
+    assert not drop_traces(Model.from_proto(model))

@@ -366,7 +366,7 @@ def test_products_and_floats_are_not_balanced() -> None:
 TWO = "c = Conv(x, w) f = Flatten(c) k = Constant<value_ints = [-1, 32]>() r = Reshape(f, k) y = MatMul(r, m)"
 
 
-def test_the_smallest_weights_have_twice_the_bits() -> None:
+def test_the_smallest_weights_have_16_bits() -> None:
     """w has 1152 of 2688 values (43 %), m the rest: w alone fits into a half."""
 
     def widened(share: float, form: str = "int8", **options: Any) -> list[str]:
@@ -378,14 +378,15 @@ def test_the_smallest_weights_have_twice_the_bits() -> None:
     assert widened(0.0) == widened(0.42) == ["int8", "int8"]
     assert widened(0.5) == ["int16", "int8"]
     assert widened(1.0) == ["int16", "int16"]
-    assert widened(0.5, "uint4", symmetric=False) == ["uint8", "uint4"]
+    assert widened(0.5, "uint8", symmetric=False) == ["uint16", "uint8"]
+    assert widened(0.5, "int4") == ["int4", "int4"]  # asked for
     assert widened(0.5, "int16") == ["int16", "int16"]  # nothing is wider
     assert widened(0.5, levels=63) == ["int8", "int8"]
     assert widened(0.5, layers=("op:Conv=int8",)) == ["int8", "int8"]
     assert widened(0.5, layers=("op:Conv=int4",)) == ["int4", "int8"]
 
 
-def test_twice_the_bits_lose_less() -> None:
+def test_16_bits_lose_less() -> None:
     before, db = model(TWO, IMAGE, "float[a, b] y"), []
     for share in (0.0, 0.5):
         after = before.copy()

@@ -189,7 +189,7 @@ def test_the_opset_is_raised_as_far_as_formats_need() -> None:
 
 
 REFUSED = [
-    pytest.param("ort-cpu", "float4e2m1", "unknown format 'float4e2m1'", id="unknown"),
+    pytest.param("ort-cpu", "float4e2m1", "format 'float4e2m1': ort-cpu cannot run", id="unknown"),
     pytest.param("tflite-int8", "int8", "neither unpacks int8 weights", id="no-floats"),
     pytest.param("tensorrt", "int2", "kernels: int4", id="no-kernel"),
     pytest.param("openvino", "int2", "openvino cannot run weights in it", id="format"),
