@@ -93,7 +93,7 @@ def blames_the_model(original: ModelLike, name: str, recipe: str | None) -> Iter
     """
     try:
         yield
-    except Exception as e:
+    except Exception as e:  # looked into below: it is raised again, or blamed on the model
         is_refused = isinstance(e, RefusedError)
         if isinstance(e, OnnxqError | OSError | MemoryError) and not is_refused:
             raise
