@@ -21,6 +21,7 @@ from onnxq.passes.fuse_activations import fuse_activations
 from onnxq.passes.fuse_normalisations import fuse_normalisations
 from onnxq.passes.inline_functions import inline_functions
 from onnxq.passes.inline_if import inline_if
+from onnxq.passes.integer_io import IntegerIo
 from onnxq.passes.merge_reshapes import merge_reshapes
 from onnxq.passes.merge_slices import merge_slices
 from onnxq.passes.pool_first import pool_first
@@ -65,6 +66,7 @@ PASSES: dict[str, Pass | type[Any]] = {
     "fuse_normalisations": fuse_normalisations,
     "inline_functions": inline_functions,
     "inline_if": inline_if,
+    "integer_io": IntegerIo,
     "merge_reshapes": merge_reshapes,
     "merge_slices": merge_slices,
     "pool_first": pool_first,
@@ -80,6 +82,7 @@ PASSES: dict[str, Pass | type[Any]] = {
 
 __all__ = [
     "PASSES",
+    "IntegerIo",
     "QuantizeDynamic",
     "QuantizeStatic",
     "QuantizeWeights",

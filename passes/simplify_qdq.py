@@ -21,6 +21,7 @@ from onnxq.model import Model, producer
 from onnxq.passes.moves import pad_with, same_params, set_input, why_not_on_integers
 from onnxq.passes.ops import OPS
 
+
 @rewrites("QuantizeLinear")
 def drop_requantize(model: Model, quantize: gs.Node) -> str | None:
     """Q(DQ(q)) => q, with equal scale and zero point."""
