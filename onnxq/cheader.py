@@ -16,12 +16,25 @@ from pathlib import PurePath
 from onnxq.ports import Affine, Terminal
 from onnxq.schemes import FORMATS
 
-QUANTIZE = """\
+ROUND = """\
+/* Round half to even, as QuantizeLinear does. */
+static inline int32_t {stem}_round(float v)
+{{
+    int32_t q = (int32_t)v;
+    float rest = v - (float)q;
+
+    if (rest > 0.5f || (rest == 0.5f && q % 2 != 0)) {{
+        return q + 1;
+    }}
+    if (rest < -0.5f || (rest == -0.5f && q % 2 != 0)) {{
+        return q - 1;
+    }}
+    return q;
+}}"""
+CONVERSIONS = """\
 static inline {type}_t {name}_quantize(float x)
 {{
     float v = x / {upper}_SCALE;
-    int32_t q = 0;
-    float rest;
 
     if (v >= {greatest}.0f) {{
         return ({type}_t){qmax};
@@ -29,22 +42,13 @@ static inline {type}_t {name}_quantize(float x)
     if (!(v > {least}.0f)) {{
         return ({type}_t)({qmin});
     }}
-    q = (int32_t)v;
-    rest = v - (float)q;
-    if (rest > 0.5f || (rest == 0.5f && q % 2 != 0)) {{
-        q += 1;
-    }} else if (rest < -0.5f || (rest == -0.5f && q % 2 != 0)) {{
-        q -= 1;
-    }}
-    return ({type}_t)(q + {upper}_ZERO_POINT);
+    return ({type}_t)({stem}_round(v) + {upper}_ZERO_POINT);
 }}
-"""
-DEQUANTIZE = """\
+
 static inline float {name}_dequantize({type}_t q)
 {{
     return (float)((int32_t)q - {upper}_ZERO_POINT) * {upper}_SCALE;
-}}
-"""
+}}"""
 
 
 def c_header(terminals: Iterable[Terminal], model: str) -> str:
@@ -53,12 +57,13 @@ def c_header(terminals: Iterable[Terminal], model: str) -> str:
     guard = f"{stem.upper()}_IO_H"
     parts = [f"/* Inputs and outputs of {_comment(model)}, written by onnxq. */"]
     parts += [f"#ifndef {guard}\n#define {guard}\n\n#include <stdint.h>"]
+    parts += [ROUND.format(stem=stem)]
     taken = set[str]()
     for terminal in terminals:
         name = _unique(f"{stem}_{_identifier(terminal.name)}", taken)
         parts.append("\n".join(_macros(terminal, name.upper())))
         if terminal.affine is not None:
-            parts += _functions(terminal.affine, name)
+            parts.append(_conversions(terminal.affine, stem, name))
     return "\n\n".join([*parts, f"#endif /* {guard} */"]) + "\n"
 
 
@@ -80,19 +85,15 @@ def _macros(terminal: Terminal, upper: str) -> Iterator[str]:
         yield f"#define {upper}_ZERO_POINT ({affine.zero_point})"
 
 
-def _functions(affine: Affine, name: str) -> list[str]:
-    """Quantize: round half to even, saturate; NaN becomes the least integer."""
+def _conversions(affine: Affine, stem: str, name: str) -> str:
+    """Quantize, which saturates and makes the least integer of NaN, and dequantize."""
     numbers = FORMATS[affine.type]
-    filled = {
-        "type": affine.type,
-        "name": name,
-        "upper": name.upper(),
-        "qmin": numbers.qmin,
-        "qmax": numbers.qmax,
-        "least": int(numbers.qmin) - affine.zero_point,
-        "greatest": int(numbers.qmax) - affine.zero_point,
-    }
-    return [part.format(**filled).rstrip("\n") for part in (QUANTIZE, DEQUANTIZE)]
+    return CONVERSIONS.format(
+        type=affine.type, stem=stem, name=name, upper=name.upper(),
+        qmin=numbers.qmin, qmax=numbers.qmax,
+        least=int(numbers.qmin) - affine.zero_point,
+        greatest=int(numbers.qmax) - affine.zero_point,
+    )  # fmt: skip
 
 
 def _float(value: float) -> str:

@@ -41,6 +41,7 @@ from onnxq.targets import Target
 from onnxq.tensors import index_of, redirect
 
 RULE = "integer_io"
+STAYS = "stays float, "  # in notes of what could not be made an integer
 Type = Literal["auto", "int8", "uint8"]
 # Ranges that operators have whatever they read; where no sample tells a closer one.
 BOUNDED = {
@@ -77,7 +78,7 @@ class IntegerIo:
         Raises DataError for samples that do not fit.
         """
         if model.opset < 10:
-            text = f"opset {model.opset} has no QuantizeLinear: opset 10 is needed"
+            text = f"{STAYS}opset {model.opset} has no QuantizeLinear: opset 10 is needed"
             return [Note(RULE, model.graph.name, text, changed=False)]
         return _Edit(self, model).run()
 
@@ -127,9 +128,9 @@ class _Edit:
                 if tensor.dtype is None or np.dtype(tensor.dtype) not in FLOATS:
                     raise Skip(f"{role}: is of {_type_text(tensor)}, no floats")
                 if role == "output" and (not tensor.inputs or is_constant(tensor)):
-                    raise Skip("output: nothing in the model computes it")
+                    raise Skip(f"output: {STAYS}nothing in the model computes it")
                 if role == "input" and self.model.is_output(tensor):
-                    raise Skip("input: is an output as it is")
+                    raise Skip(f"input: {STAYS}it is an output as it is")
                 found.append((tensor, told(tensor)))
             except Skip as reason:
                 self.decline(tensor, str(reason))
@@ -160,14 +161,14 @@ class _Edit:
             return fixed
         seen = ranges.get(tensor.name)
         if seen is not None and seen.has_nonfinite:
-            self.decline(tensor, f"{role}: stays float, it has values that are not finite")
+            self.decline(tensor, f"{role}: {STAYS}it has values that are not finite")
             return None
         if seen is not None and seen.lo <= seen.hi:
             lo, hi = seen.lo, seen.hi
         elif op in BOUNDED:
             lo, hi = BOUNDED[op]
         else:
-            self.decline(tensor, f"{role}: stays float, no samples tell its range")
+            self.decline(tensor, f"{role}: {STAYS}no samples tell its range")
             return None
         params = self.scheme.params(lo, hi)
         return Affine(self.scheme.format, float(params.scale), int(params.zero_point))

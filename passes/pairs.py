@@ -28,9 +28,13 @@ class Pairs:
     def __init__(self, model: Model, *, integer_moves: bool) -> None:
         self.model, self.integer_moves = model, integer_moves
         self.known: dict[int, Affine] = {}
+        self.constants: dict[Affine, tuple[gs.Constant, ...]] = {}
         for node in model.nodes("QuantizeLinear", "DequantizeLinear"):
             if (affine := _affine(node)) is not None:
                 self.known[id(node)] = affine
+                held = tuple(t for t in node.inputs[1:3] if isinstance(t, gs.Constant))
+                if len(held) == 2 and not any(t.shape for t in held):
+                    self.constants.setdefault(affine, held)
 
     def of(self, node: gs.Node) -> Affine | None:
         """The node's parameters; None if it is no such node."""
@@ -119,7 +123,7 @@ class Pairs:
         for index, source in enumerate(sources):
             node.inputs[index] = source
         if node.op == "Pad":
-            pad_with(node, constants(self.model, affine, node.name)[1])
+            pad_with(node, self.constants_of(affine, node.name)[1])
         made = []
         for index, tensor in enumerate(list(node.outputs)):
             if tensor.name and (node.op != "MaxPool" or index == 0):  # then come indices
@@ -162,12 +166,18 @@ class Pairs:
         last.outputs[0] = real
         return node
 
+    def constants_of(self, affine: Affine, name: str) -> tuple[gs.Constant, ...]:
+        """Scale and zero point, once for each."""
+        if affine not in self.constants:
+            self.constants[affine] = constants(self.model, affine, name)
+        return self.constants[affine]
+
     def _emit(
         self, op: str, tensor: gs.Tensor, affine: Affine, name: str, dtype: np.dtype[Any]
     ) -> gs.Tensor:
         wide = FORMATS[affine.type].bits > 8 and self.model.opset < 21
         made = self.model.emit(
-            op, tensor, *constants(self.model, affine, name), name=name, dtype=dtype,
+            op, tensor, *self.constants_of(affine, name), name=name, dtype=dtype,
             shape=tensor.shape, domain=MICROSOFT if wide else None,
         )  # fmt: skip
         self.known[id(made.inputs[0])] = affine
