@@ -70,8 +70,8 @@ def require_data(recipe: Recipe, *, has_data: bool) -> None:
     """Raise RecipeError for a choice that would have nothing to choose from without samples."""
     if recipe.choose and has_integer_io(recipe) and not has_data:
         raise RecipeError(
-            f"integer inputs and outputs need ranges, which recipe {recipe.name} takes from samples "
-            "only: give --data, or --recipe int8 for synthetic ones"
+            f"integer inputs and outputs need ranges, which recipe {recipe.name} takes from "
+            "samples only: give --data, or --recipe int8 for synthetic ones"
         )
 
 
@@ -97,6 +97,8 @@ def contents_beside(
     model: Model, output: Path, paths: Sequence[Path], preprocess: Mapping[str, Any] | None
 ) -> dict[Path, bytes]:
     """What is written to `paths_beside`."""
-    texts = [sidecar(model, output.name, preprocess) + "\n"]
-    texts += [c_header(terminals(model), output.name)] * (len(paths) > 1)
-    return {path: text.encode() for path, text in zip(paths, texts, strict=True)}
+    makers = (
+        lambda: sidecar(model, output.name, preprocess) + "\n",
+        lambda: c_header(terminals(model), output.name),
+    )
+    return {path: make().encode() for path, make in zip(paths, makers, strict=False)}
