@@ -97,8 +97,11 @@ def contents_beside(
     model: Model, output: Path, paths: Sequence[Path], preprocess: Mapping[str, Any] | None
 ) -> dict[Path, bytes]:
     """What is written to `paths_beside`."""
-    makers = (
-        lambda: sidecar(model, output.name, preprocess) + "\n",
-        lambda: c_header(terminals(model), output.name),
-    )
-    return {path: make().encode() for path, make in zip(paths, makers, strict=False)}
+    contents = {}
+    for path in paths:
+        if path.suffix == ".h":
+            text = c_header(terminals(model), output.name)
+        else:
+            text = sidecar(model, output.name, preprocess) + "\n"
+        contents[path] = text.encode()
+    return contents

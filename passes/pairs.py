@@ -142,7 +142,10 @@ class Pairs:
         return before.inputs[0]
 
     def resigned(self, integers: gs.Tensor, now: Affine, wanted: Affine, name: str) -> gs.Tensor:
-        """The integers in the type of the other sign; themselves where it is the same."""
+        """The integers in the type of the other sign; themselves where it is the same.
+
+        BitwiseXor and Cast would do it as well, not sooner in ONNX Runtime, and from opset 18 on.
+        """
         if now == wanted:
             return integers
         real = self._emit("DequantizeLinear", integers, now, f"{name}_signed", FLOAT32)
@@ -189,7 +192,8 @@ def _affine(node: gs.Node) -> Affine | None:
     scale = values_of(node.inputs[1])
     has_zero = len(node.inputs) > 2 and bool(node.inputs[2].name)
     zero = values_of(node.inputs[2]) if has_zero else np.zeros((), np.int8)
-    kind = (node.outputs if node.op == "QuantizeLinear" else node.inputs)[0].dtype
+    integers = node.outputs[0] if node.op == "QuantizeLinear" else node.inputs[0]
+    kind = node.inputs[2].dtype if has_zero else integers.dtype
     type_ = "" if kind is None else str(np.dtype(kind))
     if scale is None or zero is None or scale.size != 1 or zero.size != 1:
         return None
