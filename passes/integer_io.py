@@ -30,7 +30,7 @@ import onnx_graphsurgeon as gs
 from onnxq.calibration import calibrate
 from onnxq.core import Note, Skip
 from onnxq.data import Samples
-from onnxq.model import Model, producer, readers
+from onnxq.model import Model, producer
 from onnxq.passes.float_layers import spread_scales
 from onnxq.passes.ops import is_constant
 from onnxq.passes.pairs import FLOATS, Pairs
@@ -197,20 +197,24 @@ class _Edit:
         return type if asked == "auto" else asked.replace("8", str(FORMATS[type].bits))
 
     def open_input(self, tensor: gs.Tensor, inside: Affine) -> gs.Node:
-        """Make the input integer; all that read it do so through the returned DequantizeLinear."""
-        real = gs.Variable(self.model.unique(f"{tensor.name}_float"), tensor.dtype, tensor.shape)
-        for node, index in list(readers(tensor)):
-            node.inputs[index] = real
+        """Make the input integer; all that read it do so through the returned DequantizeLinear.
+
+        The input becomes a new tensor: samples hold on to the old one.
+        """
+        name, inputs = tensor.name, self.model.graph.inputs
+        real = gs.Variable(self.model.unique(f"{name}_float"), tensor.dtype, tensor.shape)
+        redirect(tensor, real)
         outside = inside.signed_as(self.typed(inside.type))
-        tensor.dtype = FORMATS[outside.type].dtype
-        self.opened(tensor.name, "input", outside)
-        integers = self.pairs.resigned(tensor, outside, inside, tensor.name)
+        made = gs.Variable(name, FORMATS[outside.type].dtype, tensor.shape)
+        inputs[index_of(inputs, tensor)] = made
+        self.opened(name, "input", outside)
+        integers = self.pairs.resigned(made, outside, inside, name)
         return self.pairs.dequantize(integers, inside, real)
 
     def open_output(self, tensor: gs.Tensor, inside: Affine) -> None:
         """Make the output integer: what comes before its DequantizeLinear, or a new Q behind it."""
         name, graph = tensor.name, self.model.graph
-        place = next(i for i, t in enumerate(graph.outputs) if t is tensor)
+        place = index_of(graph.outputs, tensor)
         self.pairs.pull(tensor, inside)
         before, outside = producer(tensor), inside.signed_as(self.typed(inside.type))
         while before is not None and before.op == "Cast":
