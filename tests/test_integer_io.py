@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -452,3 +453,23 @@ def test_damaged_metadata_are_told(value: str) -> None:
     helper.set_model_props(proto, {"onnxq.io.x": value, "other": "kept"})
     with pytest.raises(ModelError, match="onnxq.io.x is damaged".replace(".", r"\.")):
         ports_of(Model.from_proto(proto))
+
+
+@pytest.mark.parametrize(("scale", "said"), [(0.2, "y"), (None, "inputs were")])
+def test_check_sees_integers_that_mean_something_else(scale: float | None, said: str) -> None:
+    @dataclass(frozen=True)
+    class Wrong:
+        name: str = "wrong"
+
+        def __call__(self, model: Model, /) -> Any:
+            notes = IntegerIo()(model)
+            told = model.envelope.metadata_props
+            kept = [(e.key, e.value) for e in told if scale]
+            kept = [(k, v.replace("0.1", str(scale)) if k.endswith("y") else v) for k, v in kept]
+            del told[:]
+            for key, value in kept:
+                told.add(key=key, value=value)
+            return notes
+
+    with pytest.raises(AssertionError, match=said):
+        check(Wrong(), text(pair("x", "a") + middle(made="y")), feeds=FEEDS)
