@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from typing import Literal, cast
 
 import numpy as np
@@ -57,13 +58,15 @@ Found = list[tuple[gs.Tensor, Affine | None]]
 class IntegerIo:
     """Make float inputs and outputs integers; those that are integers already stay as they are.
 
-    type: int8 or uint8 for a sign, auto for the one used inside. samples: give ranges to what is
+    type: int8 or uint8 for a sign, auto for the one used inside. keep: globs on names of inputs and
+    outputs that stay as they are (a state that goes round, say). samples: give ranges to what is
     computed in floats. integer_moves: whether data movement may stand on integers.
     """
 
     target: Target | None = None
     samples: Samples | None = None
     type: Type = "auto"
+    keep: tuple[str, ...] = ()
     integer_moves: bool = True
     progress: Callable[[int], None] | None = field(default=None, repr=False, compare=False)
 
@@ -127,6 +130,8 @@ class _Edit:
                     raise Skip(f"{role}: is {tensor.dtype} already")
                 if tensor.dtype is None or np.dtype(tensor.dtype) not in FLOATS:
                     raise Skip(f"{role}: is of {_type_text(tensor)}, no floats")
+                if any(fnmatchcase(tensor.name, pattern) for pattern in self.options.keep):
+                    raise Skip(f"{role}: {STAYS}it is in keep")
                 if role == "output" and (not tensor.inputs or is_constant(tensor)):
                     raise Skip(f"output: {STAYS}nothing in the model computes it")
                 if role == "input" and self.model.is_output(tensor):

@@ -266,6 +266,12 @@ def test_declines(body: str, inputs: str, outputs: str, declined: list[str]) -> 
     assert model.to_proto() == before
 
 
+def test_what_is_to_be_kept_stays() -> None:
+    done = check(IntegerIo(keep=("y*",)), text(pair("x", "a") + middle(made="y")), feeds=FEEDS)
+    assert dtypes(done) == {"x": "uint8", "y": "float32"}
+    assert done.declined == ["output: stays float, it is in keep"]
+
+
 def test_values_that_are_not_finite_stay_floats() -> None:
     source = text("y = Log(x)")
     given = samples(source, x=np.zeros((1, 4, 2, 3), np.float32))
