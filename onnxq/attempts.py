@@ -14,7 +14,7 @@ from onnxq.coverage import Coverage, coverage
 from onnxq.data import Feed, Samples
 from onnxq.demands import broken_rules, require_quantized, require_valid, simulated
 from onnxq.errors import BudgetError
-from onnxq.interfaces import require_integers
+from onnxq.interfaces import coarse, has_integer_io, require_integers
 from onnxq.job import Job
 from onnxq.loading import ModelLike
 from onnxq.model import Model
@@ -81,6 +81,7 @@ def attempt(recipe: Recipe, model: Model, notes: Sequence[Note], setting: Settin
     if len(setting.held):
         with setting.job.stage("validate"):
             fidelity = _compared(model, setting)
+            warnings += coarse(model, fidelity) if has_integer_io(recipe) else []
             if model.opset >= 21 and runtime.needs_int8_allowed(model):
                 warnings.append(INT8_WARNING)
     covered = _covered(model, setting.feed)

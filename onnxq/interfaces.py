@@ -7,19 +7,22 @@ converter keeps floats by default, too (inference_input_type).
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from onnxq.cheader import c_header
+from onnxq.choosing import BUDGET
 from onnxq.core import Note
 from onnxq.errors import BudgetError, RecipeError
 from onnxq.model import Model
 from onnxq.passes.integer_io import RULE, STAYS, Type
-from onnxq.ports import sidecar, terminals
+from onnxq.ports import ports_of, sidecar, terminals
 from onnxq.preconditions import check_reports
 from onnxq.recipes import Recipe
+from onnxq.validation import Fidelity
 
 SIDECAR = ".io.json"
 
@@ -64,6 +67,22 @@ def require_integers(notes: Sequence[Note]) -> list[str]:
             f"no input or output can be an integer: {'; '.join(floats[:3])}; nothing was written"
         )
     return floats
+
+
+def coarse(model: Model, fidelity: Fidelity) -> list[str]:
+    """Warnings for integer outputs that are far from the original's, and what would help."""
+    ports = ports_of(model)
+    found = [
+        (o.name, o.sqnr_db, ports[o.name].affine.type)
+        for o in fidelity.outputs
+        if o.name in ports and o.sqnr_db < BUDGET
+    ]
+    wider = " or use --recipe a16w8" if any(type.endswith("8") for *_, type in found) else ""
+    return [
+        f"output {name!r} keeps {sqnr:.1f} dB as {type}: let it stay float (a recipe with "
+        f"keep = [{json.dumps(name)}] under [{RULE}]){wider}"
+        for name, sqnr, type in found
+    ]
 
 
 def require_data(recipe: Recipe, *, has_data: bool) -> None:

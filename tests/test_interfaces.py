@@ -23,12 +23,12 @@ from onnxq.cli import main
 from onnxq.core import Note
 from onnxq.data import ImageOptions, open_samples
 from onnxq.errors import BudgetError, ModelError, RecipeError
-from onnxq.interfaces import require_integers, with_integer_io
+from onnxq.interfaces import coarse, require_integers, with_integer_io
 from onnxq.model import Model
 from onnxq.passes import IntegerIo
 from onnxq.ports import Affine, Terminal, ports_of, with_float_inputs
 from onnxq.recipes import load_recipe
-from onnxq.validation import compare
+from onnxq.validation import Fidelity, OutputFidelity, compare
 
 MODELS = Path(__file__).parent.parent / "models"
 MODEL, DATA = MODELS / "digits_cnn.onnx", MODELS / "digits_cnn.calib.npz"
@@ -212,6 +212,21 @@ def test_what_stays_float_is_told_or_refused() -> None:
     assert require_integers([plain]) == require_integers([]) == []
     with pytest.raises(BudgetError, match="no input or output can be an integer: x: input: stays"):
         require_integers([stays, plain])
+
+
+def test_outputs_that_eight_bits_are_too_few_for_are_named() -> None:
+    model = Model.from_proto(parser.parse_model(PAIRS))
+    IntegerIo()(model)
+
+    def seen(name: str, sqnr_db: float) -> OutputFidelity:
+        return OutputFidelity(name, sqnr_db, 1.0, 0.1, None, is_finite=True)
+
+    assert coarse(model, Fidelity((seen("y", 31.0), seen("same", 3.0)), 8)) == []
+    (told,) = coarse(model, Fidelity((seen("y", 8.9),), 8))
+    assert told == (
+        "output 'y' keeps 8.9 dB as uint8: let it stay float (a recipe with "
+        'keep = ["y"] under [integer_io]) or use --recipe a16w8'
+    )
 
 
 def test_images_are_described_for_the_device(tmp_path: Path) -> None:
