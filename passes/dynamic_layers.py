@@ -13,7 +13,6 @@ transA the integers of x are transposed, a byte an element.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -77,9 +76,10 @@ class Editor:
         weight = self.weight(node, node.inputs[index], scheme, turned=turned)
         data, out = node.inputs[1 - index], node.outputs[0]
         across = from_left or bool(is_gemm and node.attrs.get("transA", 0))
+        rank = 2 if is_gemm else len(data.shape or ())
         q, scale, zero, *sizes = self.integers_of(data, node, rows=rows and not across)
         if across:
-            q = self.transposed(q, data.shape, node)
+            q = self.transposed(q, rank, node)
         alpha = np.float32(node.attrs.get("alpha", 1.0) if is_gemm else 1.0)
         bias = node.inputs[2] if is_gemm and len(node.inputs) > 2 else None
         y = self.product("MatMulInteger", q, scale, zero, weight, weight.scale * alpha, node, {})
@@ -89,7 +89,7 @@ class Editor:
             columns = int(weight.values.shape[1])
             y = self.emit("Add", y, self.scaled(bias, node, columns), node=node, name=out.name)
         if from_left:
-            y = self.transposed(y, data.shape, node)
+            y = self.transposed(y, rank, node)
         self.finish(node, y)
         return weight.raised
 
@@ -216,9 +216,9 @@ class Editor:
         least = self.model.constant(f"{name}_least", np.array(TINY, np.float32))
         return emit("Max", largest, least, name=name, like=largest, at=node)
 
-    def transposed(self, tensor: gs.Tensor, like: Sequence[Any], node: gs.Node) -> gs.Tensor:
-        """The last two axes exchanged; like: a shape with the tensor's rank."""
-        perm = [*range(len(like) - 2), len(like) - 1, len(like) - 2]
+    def transposed(self, tensor: gs.Tensor, rank: int, node: gs.Node) -> gs.Tensor:
+        """The last two axes exchanged."""
+        perm = [*range(rank - 2), rank - 1, rank - 2]
         shape = None if tensor.shape is None else [tensor.shape[i] for i in perm]
         return self.model.emit(
             "Transpose", tensor, name=f"{tensor.name}_transposed", dtype=tensor.dtype,

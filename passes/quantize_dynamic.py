@@ -64,9 +64,10 @@ class QuantizeDynamic:
         """Why the target can do nothing with it."""
         if self.target.dynamic:
             return None
+        instead = ", or int8-weights" if self.target.stored_weights else ""
         return (
             f"{self.target.name} does not quantize activations at run time: use the recipe int8 "
-            "with --data, or int8-weights"
+            f"with --data{instead}"
         )
 
     def __call__(self, model: Model, /) -> Sequence[Note]:

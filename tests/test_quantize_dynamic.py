@@ -126,6 +126,10 @@ PRODUCTS = [
         "y = Gemm<transA = 1>(x, w, b)", "float[32, 8] x", OUT, TURNED, id="Gemm-transA"
     ),
     pytest.param(
+        "h = Reshape(x, r) y = Gemm<transA = 1>(h, w, b)", "float[32, 8] x, int64[k] r", OUT,
+        {"Reshape": 1, **TURNED}, id="Gemm-transA-of-no-known-shape",
+    ),
+    pytest.param(
         "y = Gemm<beta = 0.5>(x, w, z)", f"{ROWS}, float[8, 48] z", OUT,
         {**FUSED, "Mul": 1, "Add": 1}, id="Gemm-input-bias",
     ),
