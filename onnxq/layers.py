@@ -87,8 +87,10 @@ class Layers:
 
     @classmethod
     def parse(cls, texts: Iterable[str]) -> Layers:
-        """Read overrides; raises RecipeError for one that is none, or has no known format."""
-        return cls(tuple(_parse(text) for text in texts))
+        """Read overrides, or one; raises RecipeError for what is none, or has no known format."""
+        if not isinstance(texts, Iterable):
+            raise RecipeError(f"layers are overrides such as 'op:LSTM=float', not {texts!r}")
+        return cls(tuple(_parse(text) for text in ([texts] if isinstance(texts, str) else texts)))
 
     def choices(self, model: Model) -> dict[int, Choice]:
         """What is asked of which node of the model as it is now, bodies included; by node id."""

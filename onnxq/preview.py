@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
+from onnxq.core import Pipeline
 from onnxq.data import ImageOptions, Spec
 from onnxq.loading import ModelLike, load
 from onnxq.plausibility import SeenInput, first, found, look
-from onnxq.recipes import load_recipe, plan, wants
+from onnxq.recipes import load_recipe, plans, wants
 from onnxq.report import SCHEMA, to_json
 from onnxq.sampling import NO_SAMPLES, samples_for
 from onnxq.settings import Settings, configured
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 class Preview:
     """The passes that would run, of each recipe that would be tried, and what would be fed.
 
-    warnings: where the samples look unlike what the graph expects.
+    warnings: recipes that the target cannot run, and where the samples look unlike what the graph
+    expects.
     """
 
     passes: Mapping[str, tuple[str, ...]]
@@ -75,11 +77,15 @@ def preview(
     samples = NO_SAMPLES
     if data is not None or images is not None or wants(chosen, "samples"):
         samples = samples_for(loaded, data, images)
-    planned = {one.name: plan(one, aim, samples) for one in chosen.candidates}
+    told, warnings = dict[str, tuple[str, ...]](), list[str]()
+    for name, planned in plans(chosen, aim, samples).items():
+        if isinstance(planned, Pipeline):
+            told[name] = tuple(map(_told, planned.passes))
+        else:
+            warnings.append(f"{name} is left out: {planned}")
     feeds = first(samples)
-    warnings = () if samples.synthetic else tuple(found(loaded, feeds))
-    told = {name: tuple(map(_told, pipeline.passes)) for name, pipeline in planned.items()}
-    return Preview(told, samples.description, look(feeds) if feeds else (), warnings)
+    warnings += [] if samples.synthetic else found(loaded, feeds)
+    return Preview(told, samples.description, look(feeds) if feeds else (), tuple(warnings))
 
 
 def _told(pass_: object) -> str:

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, get_type_hints
 
 from onnxq.errors import RecipeError
 from onnxq.layers import Layers
-from onnxq.options import options_of
+from onnxq.options import fits, options_of, type_text
 from onnxq.plugins import find_pass
 from onnxq.recipes import Recipe, load_recipe, names
 
@@ -45,6 +45,13 @@ class Settings:
     bias: str | None = None
     encoding: str | None = None
 
+    def __post_init__(self) -> None:
+        hints = get_type_hints(Settings)
+        for name, value in self.given.items():
+            if not fits(value, hints[name]):
+                expected = type_text(hints[name]).removesuffix(" | None")
+                raise RecipeError(f"setting {name} = {value!r} is not {expected}")
+
     @property
     def given(self) -> dict[str, Any]:
         """Those that are set."""
@@ -56,6 +63,8 @@ def configured(recipe: Recipe, settings: Settings | None, layers: Sequence[str] 
 
     Raises RecipeError for a setting that none of its passes has, and overrides that are none.
     """
+    if not isinstance(settings, Settings | None):
+        raise RecipeError(f"settings are a Settings(weights='int4', ...), not {settings!r}")
     given = {} if settings is None else settings.given
     if isinstance(layers, str):
         layers = (layers,)

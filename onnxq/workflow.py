@@ -19,7 +19,7 @@ from onnxq.model import Model
 from onnxq.ortformat import check_name, write_ort
 from onnxq.plausibility import doubts
 from onnxq.preconditions import blames_the_model, check_output, require_budget, require_outputs
-from onnxq.recipes import load_recipe, plan, wants
+from onnxq.recipes import load_recipe, plans, wants
 from onnxq.report import Report
 from onnxq.sampling import NO_SAMPLES, Need, samples_needed, split
 from onnxq.selection import choose_one, run_one
@@ -70,7 +70,7 @@ def optimize(
     job, written = Job(progress, asked=layers), None if dry_run else output
     with job.stage("load"):
         chosen, aim = configured(load_recipe(recipe), settings, layers), load_target(target)
-        plan(chosen, aim, None)  # what cannot be is refused before the model is read
+        plans(chosen, aim, None)  # what cannot be is refused before the model is read
         original, edited = _opened(model)
         if chosen.choose and validate is False:
             raise RecipeError(f"{chosen.name} has to compare its candidates: no --no-validate")

@@ -25,6 +25,7 @@ from onnxq.errors import DataError, RecipeError
 from onnxq.fingerprint import fingerprint
 from onnxq.layers import Layers
 from onnxq.model import Model
+from onnxq.options import require_range
 from onnxq.passes.float_layers import spread_scales
 from onnxq.passes.formats import formats_of, opset_needed, require_formats, with_granularity
 from onnxq.passes.insertion import Editor, WeightMethod
@@ -70,6 +71,7 @@ class QuantizeStatic:
 
     def __post_init__(self) -> None:
         """Refuse, by name, what the target does not execute; nothing has been calibrated yet."""
+        require_range("group_size", self.group_size, 1)
         target = self.target
         require_formats(target, self.activations, self.weights)
         with_granularity(target, target.weights, self.granularity, self.group_size)

@@ -25,6 +25,7 @@ from onnxq.core import Note, Skip
 from onnxq.data import Samples
 from onnxq.layers import Choice, Layers
 from onnxq.model import Model, readers, values_of
+from onnxq.options import require_range
 from onnxq.passes.encodings import (
     STORAGE_SINCE,
     Encoding,
@@ -97,6 +98,11 @@ class QuantizeWeights:
     progress: Callable[[int], None] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        require_range("group_size", self.group_size, 1)
+        require_range("seed", self.seed, 0)
+        require_range("smallest", self.smallest, 1)
+        require_range("recurrent_group", self.recurrent_group, 0)
+        require_range("wide_share", self.wide_share, 0, 1)
         named = {c.weights for c in Layers.parse(self.layers).all if c.weights}
         for format in (self.format, *sorted(named)):
             allowed = self.target.stored_formats if self.target is not None else ()

@@ -96,7 +96,7 @@ def test_layers_that_are_left_to_dynamic_kernels_need_them() -> None:
     target = load_target("openvino")
     with pytest.raises(RecipeError, match="at run time: use the recipe int8 with --data, or int8-"):
         plan(load_recipe("int8-mixed"), target, None)
-    with pytest.raises(RecipeError, match="use the recipe int8 with --data$"):  # not int8-weights
+    with pytest.raises(RecipeError, match=r"use the recipe int8 with --data$"):  # not int8-weights
         plan(load_recipe("int8-mixed"), load_target("tensorrt"), None)
     spared = configured(load_recipe("int8-hybrid"), None, ("op:MatMul=float", "first=float"))
     assert plan(spared, target, None).passes

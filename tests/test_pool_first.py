@@ -97,5 +97,7 @@ def test_what_is_outside_of_a_body_stays_there() -> None:
         "o = DequantizeLinear(q, s, z) }, "
         "else_branch = e () => (float[a, b, c, d] u) { u = Identity(x) }"
     )
-    body = f"t = Constant<value_int = 1>() k = Cast<to = 9>(t) l = LeakyRelu(x) y = If(k)<{branches}>"
+    body = (
+        f"t = Constant<value_int = 1>() k = Cast<to = 9>(t) l = LeakyRelu(x) y = If(k)<{branches}>"
+    )
     assert not check(pool_first, graph(body), feeds=FEEDS).notes

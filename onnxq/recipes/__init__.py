@@ -185,6 +185,25 @@ def plan(
     return Pipeline(recipe.name, tuple(built(n) for n in kept))
 
 
+def plans(
+    recipe: Recipe, target: Target, samples: Samples | None
+) -> dict[str, Pipeline | RecipeError]:
+    """The plan of each recipe that is tried, or why there is none.
+
+    Raises RecipeError, the first one, where there is none at all.
+    """
+    found: dict[str, Pipeline | RecipeError] = {}
+    for one in recipe.candidates:
+        try:
+            found[one.name] = plan(one, target, samples)
+        except RecipeError as e:
+            found[one.name] = e
+    errors = [e for e in found.values() if isinstance(e, RecipeError)]
+    if len(errors) == len(found):
+        raise errors[0]
+    return found
+
+
 def _counts_on_dynamic(recipe: Recipe) -> bool:
     """Whether there are layers that quantize_dynamic alone is for.
 
