@@ -171,7 +171,7 @@ def _ends(model: Model, choices: Sequence[Choice]) -> dict[str, list[gs.Node]]:
     layers = [node for node in model.nodes(*WEIGHTS) if has_weight(node)] if asked else []
     found = {}
     for end in asked:
-        reached = _reached(model, layers, forwards=end == "first")
+        reached = reached_from(model, layers, forwards=end == "first")
         found[end] = [node for node in layers if id(node) not in reached]
     return found
 
@@ -219,10 +219,10 @@ def _is_stored(tensor: gs.Tensor) -> bool:
     )
 
 
-def _reached(model: Model, starts: Sequence[gs.Node], *, forwards: bool) -> set[int]:
+def reached_from(model: Model, starts: Sequence[gs.Node], *, forwards: bool) -> set[int]:
     """Ids of the nodes behind (or before) the given ones; what reaches a node reaches its bodies.
 
-    What leaves a body goes on behind its node.
+    What leaves a body goes on behind its node, which it reaches as well.
     """
     homes = {id(body): node for node in model.nodes() for body in bodies_of(node)}
     reached, todo = set[int](), list(starts)
@@ -236,6 +236,7 @@ def _reached(model: Model, starts: Sequence[gs.Node], *, forwards: bool) -> set[
     while todo:
         node = todo.pop()
         if (around := homes.get(id(model.graph_of(node)))) is not None:
+            reached.add(id(around))
             go_on(around)
         for tensor in node.outputs if forwards else node.inputs:
             for other in tensor.outputs if forwards else tensor.inputs:
