@@ -98,10 +98,10 @@ def _with(recipe: Recipe, given: Mapping[str, Any], layers: Sequence[str]) -> Re
 
 
 def _has_groups(recipe: Recipe) -> bool:
-    """Whether one of the passes that take a group size shares scales in groups, or may (auto)."""
+    """Whether one of the passes that take a group size shares scales in groups."""
     for name in _takers(recipe, "group_size"):
         default = next(o.default for o in options_of(find_pass(name)) if o.name == "granularity")
-        if recipe.options.get(name, {}).get("granularity", default) in ("group", "auto"):
+        if recipe.options.get(name, {}).get("granularity", default) == "group":
             return True
     return False
 

@@ -38,7 +38,7 @@ from onnxq.schemes import (
 )
 from onnxq.targets import Target
 
-WeightMethod = Literal["minmax", "mse"]
+WeightMethod = Literal["minmax", "mse", "standardized", "hqq"]
 NEGATIVE = 1 / 3  # the share of a range below 0 up to which values count as mostly positive
 
 

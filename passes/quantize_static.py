@@ -51,9 +51,10 @@ class QuantizeStatic:
     case); auto: what the target is fastest with. granularity: of weights; channels where the
     operator may have them, groups of group_size for those below 8 bits, where the target has them,
     with float biases. range: how activation ranges are chosen (minmax, percentile, entropy, mse,
-    careful). weight_range: minmax or mse. bias: int32 or float, where the target takes either.
-    layers: overrides for single layers, see `onnxq.layers`. calibration: a file; re-used when it is
-    there, written when it is not, completed when the same samples are given.
+    careful). weight_range: how scales of weights are, as in quantize_weights. bias: int32 or float,
+    where the target takes either. layers: overrides for single layers, see `onnxq.layers`.
+    calibration: a file; re-used when it is there, written when it is not, completed when the same
+    samples are given.
     """
 
     target: Target

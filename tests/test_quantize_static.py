@@ -594,6 +594,25 @@ def test_a_second_run_changes_nothing(target: str) -> None:
     assert twice.to_proto() == once.to_proto()
 
 
+def test_weights_of_few_bits_have_closer_ranges() -> None:
+    body = f"c = Conv(x, w, b) e = Conv(c, w2) {TAIL}"
+    before = model(body, outputs="float[a, b] y", opset=21)
+    errors = {}
+    for method in ("minmax", "standardized", "mse", "hqq"):
+        after, _ = quantized(before, "generic", weights="int4", weight_range=method)
+        weights = [
+            (conv.inputs[1].inputs[0].inputs, kept.inputs[1].values)
+            for conv, kept in zip(after.nodes("Conv"), before.nodes("Conv"), strict=True)
+        ]
+        errors[method] = sum(
+            np.square(q.values.astype(np.float32) * s.values.reshape(-1, 1, 1, 1) - w).sum()
+            for (q, s, _), w in weights
+        )
+    assert errors["mse"] < 0.9 * errors["minmax"]
+    assert errors["hqq"] <= errors["mse"]
+    assert errors["standardized"] not in (errors["minmax"], errors["mse"])
+
+
 @pytest.mark.parametrize("method", ["minmax", "percentile", "entropy", "mse", "careful"])
 def test_range_methods(method: str) -> None:
     before = model(f"c = Conv(x, w, b) r = Relu(c) e = Conv(r, w2) {TAIL}", outputs="float[a, b] y")

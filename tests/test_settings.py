@@ -117,6 +117,7 @@ WRONG = [
     ("int8-weights", Settings(activation_range="mse"), (), "takes --activation-range: use .*int8"),
     ("cleanup", None, ("first=float",), "no pass that takes --layer: use .*int8"),
     ("int8", None, ("first",), "write PATTERN=FORMAT"),
+    ("int8", Settings(group_size=8), (), "--group-size needs --granularity group"),
     ("int8-weights", Settings(group_size=8), (), "--group-size needs --granularity group"),
     ("int4-weights", Settings(granularity="channel", group_size=8), (), "needs --granularity"),
 ]
