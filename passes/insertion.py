@@ -28,6 +28,7 @@ from onnxq.passes.ops import (
 from onnxq.passes.placement import RULE, Placement, keeps_scale
 from onnxq.schemes import (
     FORMATS,
+    PerChannel,
     PerGroup,
     PerTensor,
     QParams,
@@ -99,8 +100,12 @@ class Editor:
         return self.placement.formats[id(node)]
 
     def scheme_of(self, node: gs.Node) -> QuantScheme:
-        """How the node's weight is quantized."""
-        return self.schemes.get(id(node), self.target.weights_of(node.op))
+        """How the node's weight is quantized; in groups only where kernels read them."""
+        scheme = self.schemes.get(id(node), self.target.weights_of(node.op))
+        in_groups = isinstance(scheme.granularity, PerGroup)
+        if in_groups and self.format_of(node) in self.target.simulated:
+            return replace(scheme, granularity=PerChannel())
+        return scheme
 
     def note(self, node: gs.Node) -> Note:
         """What was done to the node."""
