@@ -11,6 +11,7 @@ from onnxq.passes.drop_dead_nodes import drop_dead_nodes
 from onnxq.passes.drop_noops import drop_noops
 from onnxq.passes.drop_traces import drop_traces
 from onnxq.passes.drop_zero_states import drop_zero_states
+from onnxq.passes.fill_blocks import FillBlocks
 from onnxq.passes.fold_add import fold_add
 from onnxq.passes.fold_batchnorm import fold_batchnorm
 from onnxq.passes.fold_constants import fold_constants
@@ -55,6 +56,7 @@ PASSES: dict[str, Pass | type[Any]] = {
     "drop_noops": drop_noops,
     "drop_traces": drop_traces,
     "drop_zero_states": drop_zero_states,
+    "fill_blocks": FillBlocks,
     "fold_add": fold_add,
     "fold_batchnorm": fold_batchnorm,
     "fold_constants": fold_constants,
@@ -80,6 +82,7 @@ PASSES: dict[str, Pass | type[Any]] = {
 
 __all__ = [
     "PASSES",
+    "FillBlocks",
     "QuantizeDynamic",
     "QuantizeStatic",
     "QuantizeWeights",
