@@ -24,6 +24,7 @@ from onnxq.passes.inline_functions import inline_functions
 from onnxq.passes.inline_if import inline_if
 from onnxq.passes.merge_reshapes import merge_reshapes
 from onnxq.passes.merge_slices import merge_slices
+from onnxq.passes.name_sizes import name_sizes
 from onnxq.passes.pool_first import pool_first
 from onnxq.passes.quantize_dynamic import QuantizeDynamic
 from onnxq.passes.quantize_static import QuantizeStatic
@@ -69,6 +70,7 @@ PASSES: dict[str, Pass | type[Any]] = {
     "inline_if": inline_if,
     "merge_reshapes": merge_reshapes,
     "merge_slices": merge_slices,
+    "name_sizes": name_sizes,
     "pool_first": pool_first,
     "quantize_dynamic": QuantizeDynamic,
     "quantize_static": QuantizeStatic,
@@ -108,6 +110,7 @@ __all__ = [
     "inline_if",
     "merge_reshapes",
     "merge_slices",
+    "name_sizes",
     "pool_first",
     "share_initializers",
     "share_nodes",
