@@ -11,6 +11,7 @@ from onnxq.passes.drop_dead_nodes import drop_dead_nodes
 from onnxq.passes.drop_noops import drop_noops
 from onnxq.passes.drop_traces import drop_traces
 from onnxq.passes.drop_zero_states import drop_zero_states
+from onnxq.passes.fill_blocks import FillBlocks
 from onnxq.passes.fold_add import fold_add
 from onnxq.passes.fold_batchnorm import fold_batchnorm
 from onnxq.passes.fold_constants import fold_constants
@@ -23,6 +24,7 @@ from onnxq.passes.inline_functions import inline_functions
 from onnxq.passes.inline_if import inline_if
 from onnxq.passes.merge_reshapes import merge_reshapes
 from onnxq.passes.merge_slices import merge_slices
+from onnxq.passes.name_sizes import name_sizes
 from onnxq.passes.pool_first import pool_first
 from onnxq.passes.quantize_dynamic import QuantizeDynamic
 from onnxq.passes.quantize_static import QuantizeStatic
@@ -55,6 +57,7 @@ PASSES: dict[str, Pass | type[Any]] = {
     "drop_noops": drop_noops,
     "drop_traces": drop_traces,
     "drop_zero_states": drop_zero_states,
+    "fill_blocks": FillBlocks,
     "fold_add": fold_add,
     "fold_batchnorm": fold_batchnorm,
     "fold_constants": fold_constants,
@@ -67,6 +70,7 @@ PASSES: dict[str, Pass | type[Any]] = {
     "inline_if": inline_if,
     "merge_reshapes": merge_reshapes,
     "merge_slices": merge_slices,
+    "name_sizes": name_sizes,
     "pool_first": pool_first,
     "quantize_dynamic": QuantizeDynamic,
     "quantize_static": QuantizeStatic,
@@ -80,6 +84,7 @@ PASSES: dict[str, Pass | type[Any]] = {
 
 __all__ = [
     "PASSES",
+    "FillBlocks",
     "QuantizeDynamic",
     "QuantizeStatic",
     "QuantizeWeights",
@@ -105,6 +110,7 @@ __all__ = [
     "inline_if",
     "merge_reshapes",
     "merge_slices",
+    "name_sizes",
     "pool_first",
     "share_initializers",
     "share_nodes",
