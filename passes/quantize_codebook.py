@@ -6,8 +6,8 @@ It is computed once, when the model is loaded: the file is small and the speed t
 the codebook is chosen: `onnxq.codebooks`; how it is written: `onnxq.passes.codebook_encoding`.
 
 Layers can have a linear format instead (`onnxq.passes.encodings`): where an override asks for one;
-where int8 takes no more bits than indices, scales and codebook together; and for what multiplies the
-state of LSTM, GRU and RNN, whose errors add up from step to step.
+where int8 takes no more bits than indices, scales and codebook together; and for what multiplies
+the state of LSTM, GRU and RNN, whose errors add up from step to step.
 """
 
 from __future__ import annotations
