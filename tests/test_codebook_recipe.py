@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -95,7 +95,7 @@ def test_other_recipes_name_those_that_take_the_flag(tmp_path: Path) -> None:
 
 
 def test_the_flag_knows_every_kind() -> None:
-    assert set(CODEBOOKS) == set(Kind.__args__)
+    assert set(CODEBOOKS) == set(get_args(Kind))
 
 
 def test_python_takes_the_same_settings(tmp_path: Path) -> None:
