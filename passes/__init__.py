@@ -26,6 +26,7 @@ from onnxq.passes.merge_reshapes import merge_reshapes
 from onnxq.passes.merge_slices import merge_slices
 from onnxq.passes.name_sizes import name_sizes
 from onnxq.passes.pool_first import pool_first
+from onnxq.passes.quantize_codebook import QuantizeCodebook
 from onnxq.passes.quantize_dynamic import QuantizeDynamic
 from onnxq.passes.quantize_static import QuantizeStatic
 from onnxq.passes.quantize_weights import QuantizeWeights
@@ -72,6 +73,7 @@ PASSES: dict[str, Pass | type[Any]] = {
     "merge_slices": merge_slices,
     "name_sizes": name_sizes,
     "pool_first": pool_first,
+    "quantize_codebook": QuantizeCodebook,
     "quantize_dynamic": QuantizeDynamic,
     "quantize_static": QuantizeStatic,
     "quantize_weights": QuantizeWeights,
@@ -85,6 +87,7 @@ PASSES: dict[str, Pass | type[Any]] = {
 __all__ = [
     "PASSES",
     "FillBlocks",
+    "QuantizeCodebook",
     "QuantizeDynamic",
     "QuantizeStatic",
     "QuantizeWeights",
