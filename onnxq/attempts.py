@@ -14,6 +14,7 @@ from onnxq.coverage import Coverage, coverage
 from onnxq.data import Feed, Samples
 from onnxq.demands import broken_rules, require_quantized, require_valid, simulated
 from onnxq.errors import BudgetError
+from onnxq.interfaces import require_integers
 from onnxq.job import Job
 from onnxq.loading import ModelLike
 from onnxq.model import Model
@@ -75,6 +76,7 @@ def attempt(recipe: Recipe, model: Model, notes: Sequence[Note], setting: Settin
             require_quantized(notes, model)
         warnings = broken_rules(model, setting.target, strict=not setting.allow_unchanged)
         warnings += simulated(model, setting.target)
+    warnings += require_integers(notes)
     fidelity = None
     if len(setting.held):
         with setting.job.stage("validate"):

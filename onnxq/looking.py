@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 
 import onnx_graphsurgeon as gs
 
@@ -17,6 +18,7 @@ from onnxq.passes.convert_float32 import convert_float32
 from onnxq.passes.placement import place
 from onnxq.passes.sensitive import graph_rules
 from onnxq.passes.work import macs
+from onnxq.ports import Port, ports_of
 from onnxq.preconditions import blames_the_model
 from onnxq.report import Comparison, Inspection
 from onnxq.sampling import samples_for
@@ -43,7 +45,7 @@ def _inspected(found: Model, aim: Target, name: str) -> Inspection:
     inside.separate_names()
     placement = place(inside, aim, graph_rules(inside, macs(inside)), {})
     sizes: Counter[str] = Counter()
-    parameters = 0
+    parameters, ports = 0, ports_of(found)
     for graph in found.graphs():
         for tensor in graph.tensors().values():
             if isinstance(tensor, gs.Constant):
@@ -55,8 +57,8 @@ def _inspected(found: Model, aim: Target, name: str) -> Inspection:
         target=aim.name,
         ir_version=found.envelope.ir_version,
         opset={o.domain: o.version for o in found.envelope.opset_import},
-        inputs=tuple(_described(t) for t in found.graph.inputs),
-        outputs=tuple(_described(t) for t in found.graph.outputs),
+        inputs=tuple(_described(t, ports) for t in found.graph.inputs),
+        outputs=tuple(_described(t, ports) for t in found.graph.outputs),
         ops=dict(Counter(node.op for node in found.nodes()).most_common()),
         functions=tuple(found.functions),
         parameters=parameters,
@@ -67,13 +69,18 @@ def _inspected(found: Model, aim: Target, name: str) -> Inspection:
     )
 
 
-def _described(tensor: gs.Tensor) -> str:
+def _described(tensor: gs.Tensor, ports: Mapping[str, Port]) -> str:
     shape = (
         "of any shape"
         if tensor.shape is None
         else [("?" if d is None else d) for d in tensor.shape]
     )
-    return f"{tensor.name} {shape} {tensor.dtype}".replace("'", "")
+    text = f"{tensor.name} {shape} {tensor.dtype}".replace("'", "")
+    if tensor.name not in ports:
+        return text
+    affine = ports[tensor.name].affine
+    sign = "+" if affine.zero_point < 0 else "-"
+    return f"{text}, x = (q {sign} {abs(affine.zero_point)}) * {affine.scale:.6g}"
 
 
 def compare(

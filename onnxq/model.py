@@ -193,17 +193,23 @@ class Model:
         )
         return [bytes_in(t) for t in chain(*place(self.graph).values(), attributes)]
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(
+        self, path: str | os.PathLike[str], *, also: Mapping[Path, bytes] | None = None
+    ) -> None:
         """Write the model so that `path` holds the old file or the new one, never a part.
 
         Weights go to `path` + ".data" when they are too large for one file, or when they were in
-        a data file before; that one is complete before the model takes its name.
+        a data file before; that one is complete before the model takes its name. also: contents of
+        other files that are written together with the model.
         Raises ModelError, one line, when the files cannot be written.
         """
-        target = Path(path)
+        target, others = Path(path), dict(also or {})
         beside = target.with_name(f"{target.name}.data")
         paths = [beside, target] if self.wants_data_file() else [target]
-        with atomic_writes(*paths) as (*data, file):
+        with atomic_writes(*others, *paths) as files:
+            for other, content in zip(files, others.values(), strict=False):
+                other.write(content)
+            *data, file = files[len(others) :]
             put: Put = DataWriter(data[0], beside.name) if data else inline
             try:
                 file.write(self._export(put).SerializeToString(deterministic=True))

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 
 from onnxq.core import Pipeline
 from onnxq.data import ImageOptions, Spec
+from onnxq.interfaces import with_integer_io
 from onnxq.loading import ModelLike, load
+from onnxq.passes.integer_io import Type
 from onnxq.plausibility import SeenInput, first, found, look
 from onnxq.recipes import load_recipe, plans, wants
 from onnxq.report import SCHEMA, to_json
@@ -64,16 +66,14 @@ def preview(
     target: str = "ort-cpu",
     settings: Settings | None = None,
     layers: Sequence[str] = (),
+    integer_io: Type | None = None,
 ) -> Preview:
     """Plan, and look at the first samples; nothing runs and nothing is written.
 
     Raises OnnxqError as `optimize` does for files, samples and names that cannot be used.
     """
-    loaded, chosen, aim = (
-        load(model),
-        configured(load_recipe(recipe), settings, layers),
-        load_target(target),
-    )
+    loaded, aim = load(model), load_target(target)
+    chosen = with_integer_io(configured(load_recipe(recipe), settings, layers), integer_io)
     samples = NO_SAMPLES
     if data is not None or images is not None or wants(chosen, "samples"):
         samples = samples_for(loaded, data, images)

@@ -115,6 +115,7 @@ class Report:
             ),
             ("samples", self.samples),
         ]
+        rows += [(n.node, n.text) for n in self.notes if n.changed and n.rule == "integer_io"]
         if self.latency is not None:
             a, b = self.latency.original_ms, self.latency.result_ms
             rows.append(

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from onnxq.errors import ModelError, RefusedError
 from onnxq.model import Model
+from onnxq.ports import ports_in
 
 Source = Model | onnx.ModelProto | bytes | str | os.PathLike[str]
 Level = Literal["all", "extended", "basic", "off"]
@@ -150,6 +151,45 @@ class Interface:
         return cls(inputs, outputs)
 
 
+class Client:
+    """A session as those use it who have real values, whichever integers its interface takes.
+
+    Floats for an integer input are quantized, an integer output is dequantized, by the scales that
+    the model's metadata tell (`onnxq.ports`). All else passes as it is.
+    """
+
+    def __init__(self, session: Any) -> None:
+        """Raises ModelError for metadata that are damaged."""
+        self.session = session
+        self.names = [o.name for o in session.get_outputs()]
+        self._inputs = [i.name for i in session.get_inputs()]
+        values = {v.name: v for v in (*session.get_inputs(), *session.get_outputs())}
+        known = ports_in(session.get_modelmeta().custom_metadata_map)
+        self._ports = {
+            name: port.affine
+            for name, port in known.items()
+            if name in values and values[name].type == f"tensor({port.affine.type})"
+        }
+
+    def fed(self, feed: Mapping[str, Any]) -> dict[str, Any]:
+        """What the session takes of the feed; other arrays (labels) are left out."""
+        wanted = {name: feed[name] for name in self._inputs if name in feed}
+        return {
+            name: self._ports[name].quantize(values)
+            if name in self._ports and np.asarray(values).dtype.kind == "f"
+            else values
+            for name, values in wanted.items()
+        }
+
+    def run(self, feed: Mapping[str, Any]) -> list[Any]:
+        """The outputs in their order. Raises whatever onnxruntime raises."""
+        outputs = self.session.run(self.names, self.fed(feed))
+        return [
+            self._ports[name].dequantize(values) if name in self._ports else values
+            for name, values in zip(self.names, outputs, strict=True)
+        ]
+
+
 def one_line(error: BaseException) -> str:
     """The first line of an error's text that says something."""
     lines = [line.strip() for line in str(error).splitlines()]
@@ -189,6 +229,7 @@ def latency(
 ) -> Latency:
     """Time both models on one sample, in turn, for about `seconds`.
 
+    One with integer inputs gets integers, as its own client would give them.
     Models that run for less than 1 ms are run several times for each reading of the clock. Each
     model is run at least three times, the first one not counted, however long that takes.
     Raises ModelError for a model that onnxruntime does not take or that does not run.
@@ -208,7 +249,7 @@ def latency(
 
 
 def _runner(made: Any, feed: Mapping[str, NDArray[Any]]) -> Callable[[], Any]:
-    wanted = {i.name: feed[i.name] for i in made.get_inputs() if i.name in feed}
+    wanted = Client(made).fed(feed)
     try:
         made.run(None, wanted)  # warms it up, too
     except Exception as e:  # onnxruntime's exceptions share no base but Exception

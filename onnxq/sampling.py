@@ -9,6 +9,7 @@ from onnxq.data import ImageOptions, Samples, Spec, open_samples
 from onnxq.errors import DataError, RefusedError
 from onnxq.loading import ModelLike
 from onnxq.model import Model
+from onnxq.ports import with_float_inputs
 from onnxq.preconditions import too_large_to_compare, what_is_invalid
 from onnxq.synthetic import synthetic_samples
 
@@ -23,8 +24,10 @@ NO_SAMPLES = Samples(
 def samples_for(model: Model, data: Spec | None, images: ImageOptions | None = None) -> Samples:
     """The samples that `data` stands for; synthetic ones when it is None.
 
-    Raises DataError as `onnxq.data.open_samples` does.
+    They are real values: those of an integer input are floats as well, if the model's metadata tell
+    its scale. Raises DataError as `onnxq.data.open_samples` does.
     """
+    model = with_float_inputs(model)
     if data is not None:
         return open_samples(data, model, images=images)
     if images is not None:

@@ -101,16 +101,17 @@ def compare(
     seconds: float | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Fidelity:
-    """Run both models over the samples and compare each output.
+    """Run both models over the samples, which are real values, and compare each output.
 
+    Integer inputs and outputs that the model's metadata explain (`onnxq.ports`) are converted.
     Stops after `seconds` (but not before a few samples). Accuracy is top-1 of the first output, for
     labels that have its shape without the last axis.
 
     Raises ModelError for outputs of other names or shapes, DataError for samples that do not run.
     """
-    one, two = runtime.session(original), runtime.session(result)
-    names = [o.name for o in one.get_outputs()]
-    if [o.name for o in two.get_outputs()] != names:
+    one, two = (runtime.Client(runtime.session(model)) for model in (original, result))
+    names = one.names
+    if two.names != names:
         raise ModelError(
             "the two models have different outputs: they are not versions of one model"
         )
@@ -131,10 +132,9 @@ def compare(
     return Fidelity(tuple(t.result(n) for n, t in tallies.items()), used, *accuracy)
 
 
-def _run(session: Any, feed: Feed, index: int) -> list[Any]:
-    wanted = {i.name: feed[i.name] for i in session.get_inputs() if i.name in feed}
+def _run(client: runtime.Client, feed: Feed, index: int) -> list[Any]:
     try:
-        return list(session.run(None, wanted))
+        return client.run(feed)
     except Exception as e:  # onnxruntime's exceptions share no base but Exception
         raise DataError(f"sample {index} does not run: {runtime.one_line(e)}") from e
 
@@ -168,7 +168,7 @@ def layer_fidelity(original: Model, result: Model, samples: Iterable[Feed]) -> l
     feeds = list(samples)
     for i in range(0, len(names), CHUNK):
         chunk = names[i : i + CHUNK]
-        one, two = (runtime.session(_showing(m, chunk)) for m in (original, result))
+        one, two = (runtime.Client(runtime.session(_showing(m, chunk))) for m in (original, result))
         for index, feed in enumerate(feeds):
             a, b = (_run(s, feed, index) for s in (one, two))
             for name, x, y in zip(chunk, a, b, strict=True):

@@ -13,10 +13,19 @@ from onnxq.attempts import Setting
 from onnxq.choosing import Objective
 from onnxq.data import ImageOptions, Samples, Spec
 from onnxq.errors import RecipeError
+from onnxq.interfaces import (
+    check_beside,
+    contents_beside,
+    paths_beside,
+    require_data,
+    require_header,
+    with_integer_io,
+)
 from onnxq.job import Job, Progress
 from onnxq.loading import ModelLike, PathLike, load, name_of, size_of
 from onnxq.model import Model
 from onnxq.ortformat import check_name, write_ort
+from onnxq.passes.integer_io import Type
 from onnxq.plausibility import doubts
 from onnxq.preconditions import blames_the_model, check_output, require_budget, require_outputs
 from onnxq.recipes import load_recipe, plans, wants
@@ -43,6 +52,8 @@ def optimize(
     target: str = "ort-cpu",
     settings: Settings | None = None,
     layers: Sequence[str] = (),
+    integer_io: Type | None = None,
+    header: bool = False,
     calibration: PathLike | None = None,
     objective: Objective = "speed",
     min_sqnr: float | None = None,
@@ -56,11 +67,12 @@ def optimize(
     data, images: see `onnxq.data.open_samples`; synthetic samples without. The last quarter of 8 or
     more samples is kept from calibration and used for the comparison. settings: options of the
     recipe's passes. layers: overrides for single layers, "PATTERN=FORMAT" (`onnxq.layers`).
-    calibration: a file; re-used when it is there, written when not. objective: what a recipe that
-    chooses (auto) looks at first. min_sqnr: dB that every output must reach; 20 where a recipe
-    chooses. validate: whether to compare; None leaves it out where the recipe does not run the
-    model anyway and that is large or nothing for onnxruntime. output None, or dry_run: nothing is
-    written.
+    integer_io: integer inputs and outputs, of a sign or "auto" (as inside); what they mean is
+    written to OUTPUT.io.json and, with header, to a C header. calibration: a file; re-used when it
+    is there, written when not. objective: what a recipe that chooses (auto) looks at first.
+    min_sqnr: dB that every output must reach; 20 where a recipe chooses. validate: whether to
+    compare; None leaves it out where the recipe does not run the model anyway and that is large or
+    nothing for onnxruntime. output None, or dry_run: nothing is written.
 
     Raises OnnxqError: ModelError, DataError, RecipeError for what cannot be used; BudgetError when
     min_sqnr is missed, nothing was quantized, or the target has no floats and they are needed
@@ -70,12 +82,17 @@ def optimize(
     job, written = Job(progress, asked=layers), None if dry_run else output
     with job.stage("load"):
         chosen, aim = configured(load_recipe(recipe), settings, layers), load_target(target)
+        chosen = with_integer_io(chosen, integer_io)
         plans(chosen, aim, None)  # what cannot be is refused before the model is read
+        require_data(chosen, has_data=data is not None)
+        require_header(chosen, header=header)
+        beside = () if written is None else paths_beside(chosen, Path(written), header=header)
         original, edited = _opened(model)
         if chosen.choose and validate is False:
             raise RecipeError(f"{chosen.name} has to compare its candidates: no --no-validate")
         if written is not None:
             check_output(model, edited, written, (data, calibration))
+            check_beside(beside, (model, written, data, calibration))
             if aim.file_format == "ort":
                 check_name(written)
         require_outputs(edited, name_of(model))
@@ -105,7 +122,7 @@ def optimize(
                 found = run_one(chosen, edited, setting, min_sqnr)
     done = found.attempt
     with job.stage("write"):
-        size, also = _written(done.model, written, aim)
+        size, also = _written(done.model, written, aim, beside, samples)
     used = f"{len(fitting)} for calibration: " if wants(done.recipe, "samples") else ""
     return Report(
         model=name_of(model),
@@ -159,14 +176,21 @@ def _validated_on(samples: Samples, held: Samples, used: int) -> str:
     return f"{used} {kind}"
 
 
-def _written(model: Model, output: PathLike | None, target: Target) -> tuple[int, tuple[Path, ...]]:
-    """Write the model and what the target wants beside it; bytes of the former, paths of those."""
+def _written(
+    model: Model,
+    output: PathLike | None,
+    target: Target,
+    beside: Sequence[Path],
+    samples: Samples,
+) -> tuple[int, tuple[Path, ...]]:
+    """Write the model and what is to be beside it; bytes of the former, paths of those."""
     if output is None:
         return size_of(model, model), ()
-    model.save(output)
     path = Path(output)
+    model.save(output, also=contents_beside(model, path, beside, samples.preprocess))
     data = path.with_name(path.name + ".data")
     size = path.stat().st_size
     if model.has_data_file and data.exists():
         size += data.stat().st_size
-    return size, write_ort(output) if target.file_format == "ort" else ()
+    made = write_ort(output) if target.file_format == "ort" else ()
+    return size, (*beside, *made)

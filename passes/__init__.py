@@ -22,6 +22,7 @@ from onnxq.passes.fuse_activations import fuse_activations
 from onnxq.passes.fuse_normalisations import fuse_normalisations
 from onnxq.passes.inline_functions import inline_functions
 from onnxq.passes.inline_if import inline_if
+from onnxq.passes.integer_io import IntegerIo
 from onnxq.passes.merge_reshapes import merge_reshapes
 from onnxq.passes.merge_slices import merge_slices
 from onnxq.passes.name_sizes import name_sizes
@@ -69,6 +70,7 @@ PASSES: dict[str, Pass | type[Any]] = {
     "fuse_normalisations": fuse_normalisations,
     "inline_functions": inline_functions,
     "inline_if": inline_if,
+    "integer_io": IntegerIo,
     "merge_reshapes": merge_reshapes,
     "merge_slices": merge_slices,
     "name_sizes": name_sizes,
@@ -87,6 +89,7 @@ PASSES: dict[str, Pass | type[Any]] = {
 __all__ = [
     "PASSES",
     "FillBlocks",
+    "IntegerIo",
     "QuantizeCodebook",
     "QuantizeDynamic",
     "QuantizeStatic",

@@ -13,19 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnxq.core import Fixpoint, Note, Pipeline, Skip, rewrites
-from onnxq.model import Model, producer, values_of
-from onnxq.passes.ops import OPS, pads_zero
-
-# The first opset in which the operator takes 8-bit integers; the others always did.
-INTEGERS_SINCE = {"MaxPool": 12, "Resize": 10, "Pad": 11}
-# Operators that take integers of 8 bits only: MaxPool by ONNX, others by ONNX Runtime's kernels.
-BYTES_ONLY = ("MaxPool", "Resize", "Pad", "DepthToSpace", "SpaceToDepth")
+from onnxq.model import Model, producer
+from onnxq.passes.moves import pad_with, same_params, set_input, why_not_on_integers
+from onnxq.passes.ops import OPS
 
 
 @rewrites("QuantizeLinear")
@@ -70,14 +64,8 @@ def move_integers(model: Model, move: gs.Node) -> str | None:
         return None
     if any(model.is_output(t) for t in move.outputs):
         return None
-    if INTEGERS_SINCE.get(move.op, 0) > model.opset:
-        raise Skip(f"{move.op} takes no integers before opset {INTEGERS_SINCE[move.op]}")
-    if move.op in BYTES_ONLY and np.dtype(before.inputs[0].dtype).itemsize > 1:
-        raise Skip(f"{move.op} takes integers of 8 bits only")
-    if move.op == "Pad" and not pads_zero(move):
-        raise Skip("it pads with something else than zero")
-    if move.op == "Resize" and move.attrs.get("mode", "nearest") != "nearest":
-        raise Skip("it computes new values: kernels of integers do not round them as Q does")
+    if why := why_not_on_integers(move, before.inputs[0].dtype, model.opset):
+        raise Skip(why)
     quantizes = [q for (q,) in after]
     for quantize in quantizes:
         rescalable = all(n.op == "DequantizeLinear" for n in quantize.outputs[0].outputs)
@@ -92,16 +80,8 @@ def move_integers(model: Model, move: gs.Node) -> str | None:
         quantize.inputs.clear()
         move.outputs[next(i for i, t in enumerate(move.outputs) if t is tensor)] = integers
     move.inputs[0] = before.inputs[0]
-    if move.op == "Pad" and move.attrs.get("mode", "constant") == "constant":
-        _set_input(move, 2, before.inputs[2])  # the integer that stands for 0.0
+    pad_with(move, before.inputs[2])
     return f"{move.op} moves integers"
-
-
-def _set_input(node: gs.Node, index: int, tensor: gs.Tensor) -> None:
-    if index < len(node.inputs):
-        node.inputs[index] = tensor
-    else:
-        node.inputs.append(tensor)
 
 
 def _rescale(integers: gs.Tensor, before: gs.Node) -> None:
@@ -109,7 +89,7 @@ def _rescale(integers: gs.Tensor, before: gs.Node) -> None:
     integers.dtype = before.inputs[0].dtype
     for reader in integers.outputs:
         for i in (1, 2):
-            _set_input(reader, i, before.inputs[i])
+            set_input(reader, i, before.inputs[i])
 
 
 def _is_per_tensor(node: gs.Node) -> bool:
@@ -117,25 +97,6 @@ def _is_per_tensor(node: gs.Node) -> bool:
     return len(node.inputs) == 3 and all(
         isinstance(t, gs.Constant) and not t.shape for t in node.inputs[1:3]
     )
-
-
-def same_params(a: gs.Node, b: gs.Node) -> bool:
-    """Whether two Q or DQ nodes have equal constant scale, zero point and axis."""
-    if len(a.inputs) != len(b.inputs) or _attrs(a) != _attrs(b):
-        return False
-    for x, y in zip(a.inputs[1:], b.inputs[1:], strict=True):
-        if x is y:
-            continue
-        left, right = values_of(x), values_of(y)
-        if left is None or right is None or left.dtype != right.dtype:
-            return False
-        if not np.array_equal(left, right):
-            return False
-    return True
-
-
-def _attrs(node: gs.Node) -> dict[str, Any]:
-    return {"axis": 1, "block_size": 0} | dict(node.attrs)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ SHARED = {
     "sizes", "size_algebra", "shape_rules", "value_rules", "activations",
     "formats", "insertion", "float_layers", "encodings", "layouts", "weight_kernels",
     "weight_storage", "codebook_encoding", "importance", "dynamic_costs", "dynamic_layers",
+    "moves", "pairs",
 }  # fmt: skip
 
 

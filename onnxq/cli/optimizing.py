@@ -23,6 +23,7 @@ from onnxq.cli.setting import setting_options
 if TYPE_CHECKING:
     from onnxq.choosing import Objective
     from onnxq.data import ImageOptions
+    from onnxq.passes.integer_io import Type
     from onnxq.settings import Settings
 
 
@@ -43,6 +44,19 @@ if TYPE_CHECKING:
 @sqnr_option(
     "Write nothing (exit 1) if an output's signal to noise ratio is below this; recipe auto "
     "chooses among what reaches it.  [default: 20 for auto]"
+)
+@click.option(
+    "--integer-io",
+    type=click.Choice(["auto", "int8", "uint8"]),
+    is_flag=False,
+    flag_value="auto",
+    help="Integer inputs and outputs, of a sign or (auto) as the layers inside; scales go into the "
+    "model's metadata and OUTPUT.io.json.",
+)
+@click.option(
+    "--header",
+    is_flag=True,
+    help="With --integer-io: a C header beside OUTPUT, with scales, shapes and conversions.",
 )
 @click.option(
     "--save-plan", metavar="FILE.toml",
@@ -75,6 +89,8 @@ def optimize(
     calibration: str | None,
     objective: Objective,
     min_sqnr: float | None,
+    integer_io: Type | None,
+    header: bool,
     save_plan: str | None,
     dry_run: bool,
     validate: bool | None,
@@ -89,6 +105,7 @@ def optimize(
     onnxq optimize model.onnx small.onnx --data folder/ --min-sqnr 20 --json report.json
     onnxq optimize model.onnx small.onnx --recipe int4-weights --group-size 64 --range hqq
     onnxq optimize model.onnx small.onnx --data samples.npz --layer first=float --layer last=int16
+    onnxq optimize model.onnx micro.onnx --data samples.npz --integer-io int8 --header
     onnxq optimize model.onnx clean.onnx --recipe cleanup
     """
     if dry_run:
@@ -96,7 +113,7 @@ def optimize(
 
         found = preview(
             model, data=data, images=images, recipe=recipe, target=target, settings=settings,
-            layers=layers,
+            layers=layers, integer_io=integer_io,
         )  # fmt: skip
         show(found, json_file, quiet=quiet)
         return
@@ -105,8 +122,8 @@ def optimize(
     with progress_bar(quiet=quiet) as progress:
         report = workflow.optimize(
             model, output, data=data, images=images, recipe=recipe, target=target,
-            settings=settings, layers=layers, calibration=calibration, objective=objective,
-            min_sqnr=min_sqnr, validate=validate,
+            settings=settings, layers=layers, integer_io=integer_io, header=header,
+            calibration=calibration, objective=objective, min_sqnr=min_sqnr, validate=validate,
             allow_unchanged=allow_unchanged, progress=progress,
         )  # fmt: skip
     if save_plan is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +56,8 @@ def from_images(files: list[Path], text: str, model: Model, options: ImageOption
     size = _size(full, layout, files[0])
     column = _Images(tuple(files), layout, size, full)
     said = f"{len(files)} images of {text}, {layout.text(size)}, {told(full, layout)}"
-    return stacked({tensor.name: column}, None, model, said)
+    samples = stacked({tensor.name: column}, None, model, said)
+    return replace(samples, preprocess=_preprocess(full, layout))
 
 
 def told(options: ImageOptions, layout: Layout) -> str:
@@ -72,6 +73,21 @@ def told(options: ImageOptions, layout: Layout) -> str:
             value = f"({value}) / ({', '.join(f'{v:g}' for v in options.std)})"
         parts.append(value)
     return ", ".join(parts)
+
+
+def _preprocess(options: ImageOptions, layout: Layout) -> dict[str, Any]:
+    """What is done with an image, for who has to do the same on a device."""
+    is_float = layout.dtype.kind == "f"
+    return {
+        "channels": "grey" if layout.channels == 1 else "BGR" if options.bgr else "RGB",
+        "layout": "channels first" if layout.channels_first else "channels last",
+        "resize": options.resize or "stretch",
+        "keep": options.keep,
+        "values": "x = (pixel * scale - mean) / std" if is_float else "x = pixel",
+        "scale": (options.scale or SCALE) if is_float else None,
+        "mean": options.mean,
+        "std": options.std,
+    }
 
 
 def _require_pillow() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +18,8 @@ class Samples:
     """A sequence of feeds that is read anew each time it is gone through.
 
     labels: one row a sample, sample axis first, kept for metrics; None without. counts: how many
-    true samples each feed holds when the model's batch is larger than 1.
+    true samples each feed holds when the model's batch is larger than 1. preprocess: of images,
+    what is done with their pixels.
     """
 
     read: Callable[[int, int], Iterator[Feed]]  # (start, stop)
@@ -28,6 +29,7 @@ class Samples:
     synthetic: bool = False
     start: int = 0
     batch: int = 1
+    preprocess: Mapping[str, Any] | None = None
 
     def __iter__(self) -> Iterator[Feed]:
         return self.read(self.start, self.start + self.size)
