@@ -33,6 +33,7 @@ class Settings:
     granularity: one scale a tensor, channel or group; group_size: values of a group. symmetric: no
     zero points in weights. range, activation_range: how ranges of weights, of activations are
     chosen. bias: int32 or float. encoding: how weights are written (auto, compute or storage).
+    interface: inputs and outputs of float32 in 16 bits, too (kept or half).
     """
 
     weights: str | None = None
@@ -44,6 +45,7 @@ class Settings:
     activation_range: str | None = None
     bias: str | None = None
     encoding: str | None = None
+    interface: str | None = None
 
     @property
     def given(self) -> dict[str, Any]:
