@@ -30,6 +30,7 @@ LARGE = 1 << 30  # bytes of weights above which a model goes to onnxruntime thro
 # the graph then contradicts itself. With this option int8 stays what it is, as on ARM.
 INT8_BUG = "output_dtype INT8 does not match y_zero_point type UINT8"
 INT8_ALLOWED = "session.qdqisint8allowed"
+HALF_INPUT = "tensor(float16)"
 
 
 def session(model: Source, *, optimize: Level = "all", threads: int | None = None) -> Any:
@@ -116,9 +117,20 @@ def run(session: Any, feed: Mapping[str, Any]) -> dict[str, Any]:
     What the feed has beyond the session's inputs (labels, inputs that a rewritten model lost) is
     left out. Raises whatever onnxruntime raises.
     """
-    wanted = {i.name: feed[i.name] for i in session.get_inputs() if i.name in feed}
+    wanted = fitted(session, feed)
     names = [o.name for o in session.get_outputs()]
     return dict(zip(names, session.run(names, wanted), strict=True))
+
+
+def fitted(session: Any, feed: Mapping[str, Any]) -> dict[str, Any]:
+    """What the session takes of a feed; floats of 32 bits in 16, where it wants those."""
+    return {
+        i.name: np.asarray(feed[i.name]).astype(np.float16)
+        if i.type == HALF_INPUT and np.asarray(feed[i.name]).dtype == np.float32
+        else feed[i.name]
+        for i in session.get_inputs()
+        if i.name in feed
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +220,7 @@ def latency(
 
 
 def _runner(made: Any, feed: Mapping[str, NDArray[Any]]) -> Callable[[], Any]:
-    wanted = {i.name: feed[i.name] for i in made.get_inputs() if i.name in feed}
+    wanted = fitted(made, feed)
     try:
         made.run(None, wanted)  # warms it up, too
     except Exception as e:  # onnxruntime's exceptions share no base but Exception

@@ -132,7 +132,7 @@ def compare(
 
 
 def _run(session: Any, feed: Feed, index: int) -> list[Any]:
-    wanted = {i.name: feed[i.name] for i in session.get_inputs() if i.name in feed}
+    wanted = runtime.fitted(session, feed)
     try:
         return list(session.run(None, wanted))
     except Exception as e:  # onnxruntime's exceptions share no base but Exception

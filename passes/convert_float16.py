@@ -36,15 +36,18 @@ class ConvertFloat16:
 
     format: float16, or bfloat16, which has float32's range and 8 significant bits. encoding: auto
     is what the target says. interface: float32 inputs and outputs are kept, or become 16 bits, too.
-    smallest: elements from which constants of float32 operators are stored in 16 bits. layers:
-    "PATTERN=float" keeps layers as they are. Samples, where there are some, show which activations
-    do not fit; without, nodes are kept whose results often do not (Exp, squares that are summed).
+    smallest: elements from which weights of float32 operators are stored in 16 bits; first_share:
+    the first of them stay float32 while they are at most so large a part of all (images are small
+    sums of them, and all layers build on their errors). layers: "PATTERN=float" keeps layers as
+    they are. Samples, where there are some, show which activations do not fit; without, nodes are
+    kept whose results often do not (Exp, squares that are summed).
     """
 
     format: Half = "float16"
     encoding: Literal["auto", "compute", "storage"] = "auto"
     interface: Literal["kept", "half"] = "kept"
     smallest: int = 256
+    first_share: float = 0.02
     layers: tuple[str, ...] = ()
     target: Target | None = None
     samples: Samples | None = field(default=None, repr=False)
@@ -112,7 +115,7 @@ class ConvertFloat16:
             regions = Regions(model, constants, kept, interface=self.interface == "half")
             notes += _told(regions.write(), kept, model, half.name)
         if self.stores:
-            notes += store(constants, NAME, self.smallest, floats)
+            notes += store(constants, NAME, self.smallest, self.first_share, floats)
         if any(note.changed for note in notes):
             model.sweep()
         return notes

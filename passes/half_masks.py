@@ -22,7 +22,7 @@ FLOOR = -32768.0
 def clamp_masks(model: Model, half: HalfType) -> int:
     """Replace mask constants that nothing but scores of Softmax are made of; how many there were.
 
-    A factor is one if the other operand holds whole numbers: then it makes 0, or less than any score.
+    A factor is one if the other operand holds whole numbers: it makes 0, or less than any score.
     """
     if half.largest > -2 * FLOOR:
         return 0

@@ -42,8 +42,9 @@ ABSOLUTE = ("Floor", "Ceil", "Round", "Mod", "Sin", "Cos", "OneHot")
 ANGLES, ANGLE = ("Sin", "Cos"), 8.0
 # What relative and absolute errors go through; layers and activation functions they do not.
 CHAIN = MOVES | frozenset(
-    "Add Sub Mul Div Neg Abs Pow Sqrt Reciprocal Exp Log Max Min Clip Sum Mean Where Cast Floor "
-    "Ceil Round ReduceSum ReduceMean ReduceSumSquare ReduceL2 ReduceMax ReduceMin CumSum Range".split()
+    "Add Sub Mul Div Neg Abs Pow Sqrt Reciprocal Exp Log Max Min Clip Sum Mean Where Cast "
+    "Floor Ceil Round ReduceSum ReduceMean ReduceSumSquare ReduceL2 ReduceMax ReduceMin CumSum "
+    "Range".split()
 )
 SQUARED = frozenset("ReduceMean ReduceSum Pow Mul Add".split())
 FAR = 8  # nodes that an index is followed up

@@ -11,14 +11,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
+from typing import Any
 
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
 
 from onnxq.core import Note
 from onnxq.graphs import DEFAULT_DOMAIN
 from onnxq.model import Model, readers, values_of
+from onnxq.numerics.halving import balanced_halves
 from onnxq.passes.halves import FLOAT32, HalfType, is_float32, why_unfit
 from onnxq.passes.ops import is_constant
 
@@ -38,26 +41,44 @@ class HalfConstants:
     def of(self, tensor: gs.Tensor) -> gs.Constant:
         """The constant in 16 bits."""
         if id(tensor) not in self.made:
-            values = self.half.rounded(np.asarray(values_of(tensor)))
+            values = self._rounded(tensor, np.asarray(values_of(tensor)))
             name = f"{tensor.name}_{self.half.name}"
             self.made[id(tensor)] = self.model.constant(name, values)
             self.sources.append(tensor)
         return self.made[id(tensor)]
 
+    def _rounded(self, tensor: gs.Tensor, values: NDArray[Any]) -> NDArray[Any]:
+        """To the nearest; in convolutions so that errors cancel."""
+        uses = list(readers(tensor))
+        if values.ndim < 3 or not all(node.op == "Conv" and i == 1 for node, i in uses):
+            return self.half.rounded(values)
+        rows = np.ascontiguousarray(values.reshape(len(values), -1))
+        return balanced_halves(rows, self.half.dtype).reshape(values.shape)
+
 
 def store(
-    constants: HalfConstants, rule: str, smallest: int, floats: Mapping[int, str]
+    constants: HalfConstants,
+    rule: str,
+    smallest: int,
+    first_share: float,
+    floats: Mapping[int, str],
 ) -> Iterator[Note]:
-    """Store float32 constants of at least `smallest` elements, and say so; or why not.
+    """Store float32 matrices and more of at least `smallest` elements, and say so; or why not.
 
-    floats: nodes that are to read what they read, with a reason.
+    Biases and the like stay: they are few, and are added to what many products have made.
+
+    first_share: the first ones stay float32 while they hold at most so much of all values. floats:
+    nodes that are to read what they read, with a reason.
     """
     model, half = constants.model, constants.half
-    for tensor, node in _stored(model):
+    found = [(t, node) for t, node in _stored(model) if len(t.shape or ()) > 1]
+    found = [(t, node) for t, node in found if prod(t.shape) >= smallest]
+    left = first_share * sum(prod(tensor.shape or ()) for tensor, _ in found)
+    for tensor, node in found:
         size = prod(tensor.shape or ())
-        if size < smallest:
-            continue
-        why = _why_not(model, tensor, floats)
+        left -= size
+        why = "among the first, its error would go through all layers" if left >= 0 else None
+        why = why or _why_not(model, tensor, floats)
         if why is None:
             why = why_unfit(np.asarray(values_of(tensor)), half)
         if why is not None:

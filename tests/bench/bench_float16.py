@@ -3,7 +3,7 @@
     python tests/bench/bench_float16.py MODEL DATA [MODEL DATA ...] [--seconds 2] [--limit 16]
         [--formats float16,bfloat16] [--table]
 
-DATA is an .npz file or a folder of them, as for `onnxq optimize`; "-" is synthetic samples. The last
+DATA is an .npz file or a folder of them, as for `onnxq optimize`; "-": synthetic samples. The last
 quarter is kept from calibration and compared on. Each format is written in both encodings for
 ort-cpu. Ratios are to the model as it is, SQNR is the least of any output: with ONNX Runtime's
 optimizations, which drop Casts of the compute encoding, and without ("plain_db": each result is
