@@ -16,6 +16,7 @@ from onnxq.layers import WEIGHTS, has_weight, is_packed
 from onnxq.lint import conformance
 from onnxq.loading import ModelLike, load
 from onnxq.model import Model
+from onnxq.recipes import NARROWING
 from onnxq.targets import Target
 from onnxq.validation import layer_fidelity
 
@@ -33,7 +34,7 @@ INVALID = (onnx.checker.ValidationError, onnx.shape_inference.InferenceError)
 
 def require_quantized(notes: Sequence[Note], model: Model) -> None:
     """Raise BudgetError, with the reasons, if nothing was quantized."""
-    if any(n.changed and n.rule.startswith("quantize") for n in notes):
+    if any(n.changed and n.rule.startswith(NARROWING) for n in notes):
         return
     raise BudgetError(
         f"{NOTHING}: {why_not(notes, model)}; "
@@ -48,7 +49,7 @@ def why_not(notes: Sequence[Note], model: Model) -> str:
     if ops:
         listed = ", ".join(f"{count} {op}" for op, count in ops.most_common(3))
         return f"the model is already quantized ({listed}): start from the float model"
-    reasons = Counter(n.text for n in notes if not n.changed and n.rule.startswith("quantize"))
+    reasons = Counter(n.text for n in notes if not n.changed and n.rule.startswith(NARROWING))
     why = "; ".join(f"{text} ({count})" for text, count in reasons.most_common(3))
     if any(has_weight(node) for node in model.nodes(*WEIGHTS)):
         return why or "the weights of the model are too small to gain by it"

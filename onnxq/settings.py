@@ -34,6 +34,7 @@ class Settings:
     zero points in weights. range, activation_range: how ranges of weights, of activations are
     chosen. bias: int32 or float. encoding: how weights are written (auto, compute or storage).
     codebook, bits, dim: kind of codebooks, bits of an index, weights that share one.
+    interface: inputs and outputs of float32 in 16 bits, too (kept or half).
     """
 
     weights: str | None = None
@@ -48,6 +49,7 @@ class Settings:
     codebook: str | None = None
     bits: int | None = None
     dim: int | None = None
+    interface: str | None = None
 
     def __post_init__(self) -> None:
         hints = get_type_hints(Settings)

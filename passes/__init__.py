@@ -6,6 +6,7 @@ from typing import Any
 
 from onnxq.core import Fixpoint, Pass, Pipeline
 from onnxq.passes.cancel_transposes import cancel_transposes
+from onnxq.passes.convert_float16 import ConvertFloat16
 from onnxq.passes.convert_float32 import convert_float32
 from onnxq.passes.drop_dead_nodes import drop_dead_nodes
 from onnxq.passes.drop_noops import drop_noops
@@ -54,6 +55,7 @@ cleanup = Fixpoint(
 PASSES: dict[str, Pass | type[Any]] = {
     "cancel_transposes": cancel_transposes,
     "cleanup": cleanup,
+    "convert_float16": ConvertFloat16,
     "convert_float32": convert_float32,
     "drop_dead_nodes": drop_dead_nodes,
     "drop_noops": drop_noops,
@@ -88,6 +90,7 @@ PASSES: dict[str, Pass | type[Any]] = {
 
 __all__ = [
     "PASSES",
+    "ConvertFloat16",
     "FillBlocks",
     "IntegerIo",
     "QuantizeCodebook",

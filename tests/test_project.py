@@ -21,6 +21,8 @@ SHARED = {
     "formats", "insertion", "float_layers", "encodings", "layouts", "weight_kernels",
     "weight_storage", "codebook_encoding", "importance", "dynamic_costs", "dynamic_layers",
     "moves", "pairs",
+    "halves", "half_storage", "half_forms", "half_rules", "half_ranges", "half_regions",
+    "half_masks",
 }  # fmt: skip
 
 

@@ -47,7 +47,12 @@ OPTIONS = (
     ),
     click.option(
         "--encoding", type=click.Choice(["auto", "compute", "storage"]),
-        help="Weights beside float activations: multiplied as integers, or unpacked at load.",
+        help="Weights beside float activations: multiplied as integers, or unpacked at load; "
+        "16-bit floats: computed in, or stored.",
+    ),
+    click.option(
+        "--interface", type=click.Choice(["kept", "half"]),
+        help="float32 inputs and outputs: as they are, or in the recipe's 16 bits, too.",
     ),
     click.option(
         "--codebook", type=click.Choice(CODEBOOKS), help="How codebooks of weights are chosen."

@@ -19,6 +19,8 @@ from onnxq.plugins import find_pass
 from onnxq.targets import Target
 
 HERE = Path(__file__).parent
+NARROWING = ("quantize", "convert_float16")
+"""What the names begin with of passes that write values in fewer bits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +43,8 @@ class Recipe:
 
     @property
     def is_quantizing(self) -> bool:
-        """Whether one of its passes quantizes."""
-        return any(name.startswith("quantize") for name in self.passes)
+        """Whether one of its passes quantizes, or rounds to 16-bit floats."""
+        return any(name.startswith(NARROWING) for name in self.passes)
 
     def to_toml(self) -> str:
         """The recipe as a file that `load_recipe` reads; options left at their default commented.
@@ -177,7 +179,7 @@ def plan(
     unfit = {n: why for n, p in passes.items() if (why := getattr(p, "unfit", None)) is not None}
     if "quantize_dynamic" in unfit and _counts_on_dynamic(recipe):
         raise RecipeError(unfit["quantize_dynamic"])
-    if unfit and all(n in unfit for n in passes if n.startswith("quantize")):
+    if unfit and all(n in unfit for n in passes if n.startswith(NARROWING)):
         raise RecipeError(next(iter(unfit.values())))
     kept = [n for n in recipe.passes if n not in unfit]
     needed = max([target.opset, *(getattr(passes[n], "opset", 0) for n in kept)])
