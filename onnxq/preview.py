@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from onnxq.data import ImageOptions, Spec
 from onnxq.loading import ModelLike, load
+from onnxq.passes.dequantize_model import DequantizeModel
 from onnxq.plausibility import SeenInput, first, found, look
 from onnxq.recipes import load_recipe, plan, wants
 from onnxq.report import SCHEMA, to_json
@@ -62,6 +63,7 @@ def preview(
     target: str = "ort-cpu",
     settings: Settings | None = None,
     layers: Sequence[str] = (),
+    requantize: bool = False,
 ) -> Preview:
     """Plan, and look at the first samples; nothing runs and nothing is written.
 
@@ -78,7 +80,10 @@ def preview(
     planned = {one.name: plan(one, aim, samples) for one in chosen.candidates}
     feeds = first(samples)
     warnings = () if samples.synthetic else tuple(found(loaded, feeds))
-    told = {name: tuple(map(_told, pipeline.passes)) for name, pipeline in planned.items()}
+    first_of_all = (_told(DequantizeModel(ranges=data is None)),) if requantize else ()
+    told = {
+        name: (*first_of_all, *map(_told, pipeline.passes)) for name, pipeline in planned.items()
+    }
     return Preview(told, samples.description, look(feeds) if feeds else (), warnings)
 
 

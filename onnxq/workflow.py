@@ -21,6 +21,7 @@ from onnxq.plausibility import doubts
 from onnxq.preconditions import blames_the_model, check_output, require_budget, require_outputs
 from onnxq.recipes import load_recipe, plan, wants
 from onnxq.report import Report
+from onnxq.requantizing import recover
 from onnxq.sampling import NO_SAMPLES, Need, samples_needed, split
 from onnxq.selection import choose_one, run_one
 from onnxq.settings import Settings, configured
@@ -48,6 +49,7 @@ def optimize(
     min_sqnr: float | None = None,
     validate: bool | None = None,
     allow_unchanged: bool = False,
+    requantize: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> Report:
@@ -59,8 +61,9 @@ def optimize(
     calibration: a file; re-used when it is there, written when not. objective: what a recipe that
     chooses (auto) looks at first. min_sqnr: dB that every output must reach; 20 where a recipe
     chooses. validate: whether to compare; None leaves it out where the recipe does not run the
-    model anyway and that is large or nothing for onnxruntime. output None, or dry_run: nothing is
-    written.
+    model anyway and that is large or nothing for onnxruntime. requantize: recover floats from what
+    is quantized in the model already, and begin with them; its activations keep their ranges unless
+    there is new data. output None, or dry_run: nothing is written.
 
     Raises OnnxqError: ModelError, DataError, RecipeError for what cannot be used; BudgetError when
     min_sqnr is missed, nothing was quantized, or the target has no floats and they are needed
@@ -80,7 +83,9 @@ def optimize(
                 check_name(written)
         require_outputs(edited, name_of(model))
         before = size_of(original, edited), len(edited.nodes()), edited.opset
-    fits = wants(chosen, "samples") and (data is not None or not chosen.choose)
+    recovered = recover(edited, job, ranges=data is None) if requantize else []
+    has_ranges = data is not None or bool(edited.ranges)
+    fits = wants(chosen, "samples") and (has_ranges or not chosen.choose)
     runs = fits or bool(chosen.choose)
     with blames_the_model(original, name_of(model), chosen.name if runs else None):
         with job.stage("load"):
@@ -89,7 +94,7 @@ def optimize(
             samples, why = samples_needed(need, original, edited, data, images)
             job.warnings += [f"not compared with the original: {why}"] if why else []
             job.warnings += doubts(edited, samples)
-            job.warnings += [SYNTHETIC_RANGES] if fits and data is None else []
+            job.warnings += [SYNTHETIC_RANGES] if fits and not has_ranges else []
             fitting, held = split(samples)
             compared = NO_SAMPLES if validate is False else held
         with _statistics_file(calibration) as statistics:
@@ -99,7 +104,7 @@ def optimize(
             if chosen.choose:
                 found = choose_one(
                     chosen, edited, setting, objective=objective, min_sqnr=min_sqnr,
-                    has_data=data is not None,
+                    has_data=has_ranges,
                 )  # fmt: skip
             else:
                 found = run_one(chosen, edited, setting, min_sqnr)
@@ -118,7 +123,7 @@ def optimize(
         size_bytes=(before[0], size),
         nodes=(before[1], len(done.model.nodes())),
         opset=(before[2], done.model.opset),
-        notes=done.notes,
+        notes=(*recovered, *done.notes),
         coverage=done.coverage,
         fidelity=done.fidelity,
         latency=found.latency,

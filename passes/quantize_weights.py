@@ -25,6 +25,7 @@ from onnxq.core import Note, Skip
 from onnxq.data import Samples
 from onnxq.layers import Choice, Layers
 from onnxq.model import Model, readers, values_of
+from onnxq.packed import remembered
 from onnxq.passes.encodings import (
     STORAGE_SINCE,
     Encoding,
@@ -346,6 +347,9 @@ class _Work:
             and job.node.op in CONVOLUTIONS
             and not isinstance(job.scheme.numbers, FloatFormat)
         )
+        grid = remembered(job.tensor)
+        if grid is not None and (known := grid.map(job.held.rows).fitted(job.scheme)):
+            return Packed(job.held, *known), method
         rows = job.held.rows(values.astype(np.float32))
         integers, params = quantize_weight(
             rows, job.scheme, None, method,

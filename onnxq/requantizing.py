@@ -1,0 +1,43 @@
+"""Models that are quantized already: recover their floats, or say that they are left alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from onnxq.core import Note
+from onnxq.job import Job
+from onnxq.model import Model
+from onnxq.passes.dequantize_model import DequantizeModel
+from onnxq.passes.packed_weights import stored_weights
+
+HINT = "--requantize recovers floats from them and starts over"
+
+
+def recover(model: Model, job: Job, *, ranges: bool) -> Sequence[Note]:
+    """Recover floats in place; a warning for what could not be, or if there was nothing to do.
+
+    ranges: keep those of activations.
+    """
+    with job.stage("load"):
+        model.inline_functions()
+    notes = job.run(DequantizeModel(ranges=ranges), model)
+    declined = [note for note in notes if not note.changed]
+    if not any(note.changed for note in notes):
+        job.warnings.append("--requantize: nothing in the model is quantized")
+    elif declined:
+        first = declined[0]
+        job.warnings.append(
+            f"--requantize: {len(declined)} nodes stay as they are ({first.node}: {first.text})"
+        )
+    return notes
+
+
+def quantized_forms(model: Model) -> dict[str, int]:
+    """How many weights stand in the model in which quantized form: "qdq int8" and such."""
+    found = Counter(
+        f"{stands.form} {stands.numbers.dtype if stands.bits is None else f'uint{stands.bits}'}"
+        for _, _, stands in stored_weights(model)
+        if stands.form != "float"
+    )
+    return dict(found.most_common())
