@@ -179,6 +179,7 @@ class Recovery:
             made.inputs[0].outputs.append(parts[-1])
         for out, part in zip(source.outputs, parts, strict=True):
             self.made[id(out), key_of(params)] = part
+            self.ranges.append((part, params))
         return next(part for out, part in zip(source.outputs, parts, strict=True) if out is tensor)
 
     def _padded(self, pad: gs.Node, inputs: list[gs.Tensor], params: QParams) -> list[gs.Tensor]:
