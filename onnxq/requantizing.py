@@ -11,8 +11,6 @@ from onnxq.model import Model
 from onnxq.passes.dequantize_model import DequantizeModel
 from onnxq.passes.packed_weights import stored_weights
 
-HINT = "--requantize recovers floats from them and starts over"
-
 
 def recover(model: Model, job: Job, *, ranges: bool) -> Sequence[Note]:
     """Recover floats in place; a warning for what could not be, or if there was nothing to do.
@@ -33,11 +31,18 @@ def recover(model: Model, job: Job, *, ranges: bool) -> Sequence[Note]:
     return notes
 
 
-def quantized_forms(model: Model) -> dict[str, int]:
-    """How many weights stand in the model in which quantized form: "qdq int8" and such."""
+def left_alone(model: Model) -> list[str]:
+    """A warning where a part of the model is quantized already: nothing is done to that."""
+    every = [stands for _, _, stands in stored_weights(model)]
     found = Counter(
-        f"{stands.form} {stands.numbers.dtype if stands.bits is None else f'uint{stands.bits}'}"
-        for _, _, stands in stored_weights(model)
+        f"{stands.numbers.dtype if stands.bits is None else f'uint{stands.bits}'} {stands.form}"
+        for stands in every
         if stands.form != "float"
     )
-    return dict(found.most_common())
+    if not found:
+        return []
+    listed = ", ".join(f"{count} {form}" for form, count in found.most_common(3))
+    return [
+        f"{found.total()} of {len(every)} weights are quantized already and stay as they are "
+        f"({listed}): --requantize recovers floats from them and starts over"
+    ]

@@ -11,6 +11,7 @@ from pathlib import Path
 from onnxq import runtime
 from onnxq.attempts import Setting
 from onnxq.choosing import Objective
+from onnxq.core import Note
 from onnxq.data import ImageOptions, Samples, Spec
 from onnxq.errors import RecipeError
 from onnxq.job import Job, Progress
@@ -21,11 +22,12 @@ from onnxq.plausibility import doubts
 from onnxq.preconditions import blames_the_model, check_output, require_budget, require_outputs
 from onnxq.recipes import load_recipe, plan, wants
 from onnxq.report import Report
-from onnxq.requantizing import recover
+from onnxq.requantizing import left_alone, recover
 from onnxq.sampling import NO_SAMPLES, Need, samples_needed, split
 from onnxq.selection import choose_one, run_one
 from onnxq.settings import Settings, configured
 from onnxq.targets import Target, load_target
+from onnxq.weight_table import weight_table
 
 COMPARE_SECONDS = 5.0
 SYNTHETIC_RANGES = (
@@ -83,7 +85,11 @@ def optimize(
                 check_name(written)
         require_outputs(edited, name_of(model))
         before = size_of(original, edited), len(edited.nodes()), edited.opset
-    recovered = recover(edited, job, ranges=data is None) if requantize else []
+    recovered: Sequence[Note] = ()
+    if requantize:
+        recovered = recover(edited, job, ranges=data is None)
+    elif any(one.is_quantizing for one in chosen.candidates):
+        job.warnings += left_alone(edited)
     has_ranges = data is not None or bool(edited.ranges)
     fits = wants(chosen, "samples") and (has_ranges or not chosen.choose)
     runs = fits or bool(chosen.choose)
@@ -132,6 +138,7 @@ def optimize(
         environment=runtime.environment(),
         also_written=tuple(map(str, also)),
         candidates=found.candidates,
+        stored=weight_table(done.model),
     )
 
 
