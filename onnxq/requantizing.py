@@ -3,13 +3,31 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from onnxq.core import Note
+from onnxq.errors import BudgetError
 from onnxq.job import Job
 from onnxq.model import Model
 from onnxq.passes.dequantize_model import DequantizeModel
 from onnxq.passes.packed_weights import stored_weights
+
+UNLIKE = (
+    "it was compared on synthetic samples, which leave the ranges that the quantized model cuts "
+    "values off at: give --data"
+)
+
+
+@contextmanager
+def blames_noise(hint: str | None) -> Iterator[None]:
+    """Say beside a missed budget what it was measured on; None: nothing to say."""
+    try:
+        yield
+    except BudgetError as e:
+        if hint is None or "nothing was quantized" in str(e):
+            raise
+        raise BudgetError(f"{e}; {hint}") from e
 
 
 def recover(model: Model, job: Job, *, ranges: bool) -> Sequence[Note]:

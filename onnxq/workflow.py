@@ -22,7 +22,7 @@ from onnxq.plausibility import doubts
 from onnxq.preconditions import blames_the_model, check_output, require_budget, require_outputs
 from onnxq.recipes import load_recipe, plan, wants
 from onnxq.report import Report
-from onnxq.requantizing import left_alone, recover
+from onnxq.requantizing import UNLIKE, blames_noise, left_alone, recover
 from onnxq.sampling import NO_SAMPLES, Need, samples_needed, split
 from onnxq.selection import choose_one, run_one
 from onnxq.settings import Settings, configured
@@ -30,6 +30,10 @@ from onnxq.targets import Target, load_target
 from onnxq.weight_table import weight_table
 
 COMPARE_SECONDS = 5.0
+KEPT_RANGES = (
+    "no --data: activations keep the ranges that the model had; those that had none get them from "
+    "synthetic samples"
+)
 SYNTHETIC_RANGES = (
     "no --data: ranges come from synthetic samples, expect a loss of accuracy; "
     "give real ones before you deploy"
@@ -93,14 +97,19 @@ def optimize(
     has_ranges = data is not None or bool(edited.ranges)
     fits = wants(chosen, "samples") and (has_ranges or not chosen.choose)
     runs = fits or bool(chosen.choose)
-    with blames_the_model(original, name_of(model), chosen.name if runs else None):
+    unlike = bool(edited.ranges) and data is None
+    with (
+        blames_the_model(original, name_of(model), chosen.name if runs else None),
+        blames_noise(UNLIKE if unlike else None),
+    ):
         with job.stage("load"):
             must = runs or bool(validate) or min_sqnr is not None
             need: Need = "must" if must else "may" if validate is None else "no"
             samples, why = samples_needed(need, original, edited, data, images)
             job.warnings += [f"not compared with the original: {why}"] if why else []
             job.warnings += doubts(edited, samples)
-            job.warnings += [SYNTHETIC_RANGES] if fits and not has_ranges else []
+            if fits and data is None:
+                job.warnings.append(KEPT_RANGES if edited.ranges else SYNTHETIC_RANGES)
             fitting, held = split(samples)
             compared = NO_SAMPLES if validate is False else held
         with _statistics_file(calibration) as statistics:

@@ -133,12 +133,7 @@ def remembered_ranges(
 
 def _spanned(params: Sequence[QParams]) -> Histogram:
     """The ends of all that the parameters can represent."""
-    ends = []
-    for one in params:
-        numbers = FORMATS[str(one.zero_point.dtype)]
-        span = np.array([numbers.qmin, numbers.qmax], np.float64) - float(one.zero_point)
-        ends.append(Histogram.of(span * float(one.scale)))
-    return reduce(Histogram.merge, ends)
+    return reduce(Histogram.merge, (Histogram.of(np.array(one.ends)) for one in params))
 
 
 def _remembered(model: Model, placement: Placement, group: Group, format: str) -> QParams | None:
