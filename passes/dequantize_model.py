@@ -64,9 +64,10 @@ class DequantizeModel:
         notes = [*constants, *notes]
         if any(note.changed for note in notes):
             model.sweep()
-        model.ranges.clear()
         if self.ranges:
             model.ranges.update(ranges_by_name(recovery))
+        else:
+            model.ranges.clear()
         return notes
 
 

@@ -65,7 +65,6 @@ FORMS: dict[str, Form] = {
     "QLinearLeakyRelu": Form("LeakyRelu", _ONE, (3, 4)),
     "QLinearSigmoid": Form("Sigmoid", _ONE, (3, 4)),
     "QLinearSoftmax": Form("Softmax", _ONE, (3, 4), attributes=_softmax),
-    "QLinearReduceMean": Form("ReduceMean", _ONE, (3, 4)),
     "QLinearWhere": Form("Where", ((1, 2, 3), (4, 5, 6)), (7, 8), plain=(0,)),
 }
 
@@ -90,9 +89,6 @@ def recover_qoperator(recovery: Recovery, node: gs.Node) -> str | None:
     if form.bias is not None and (bias := _at(node, form.bias)) is not None:
         inputs.append(_bias(recovery, node, bias, form))
     out = node.outputs[0]
-    if form.op == "ReduceMean" and recovery.model.opset >= 18 and "axes" in attributes:
-        axes = np.array(attributes.pop("axes"), np.int64)
-        inputs.append(recovery.model.constant(f"{out.name}_axes", axes))
     made = recovery.model.emit(
         form.op, *inputs, name=f"{out.name}_float", dtype=FLOAT, shape=out.shape, at=node,
         **attributes,

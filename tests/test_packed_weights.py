@@ -55,9 +55,9 @@ class Case:
         return proto
 
 
-S, Z8, U0 = np.float32(0.02), np.uint8(7), np.uint8(128)
-ACT = {"xs": np.array(0.05, np.float32), "xz": np.array(120, np.uint8)}
-OUT = {"ys": np.array(0.2, np.float32), "yz": np.array(130, np.uint8)}
+S, Z8 = np.float32(0.02), np.uint8(7)
+ACT: dict[str, np.ndarray] = {"xs": np.array(0.05, np.float32), "xz": np.array(120, np.uint8)}
+OUT: dict[str, np.ndarray] = {"ys": np.array(0.2, np.float32), "yz": np.array(130, np.uint8)}
 NBITS = (
     "y = com.microsoft.MatMulNBits<K = 40, N = 6, bits = {bits}, block_size = 16>(x, w, s{more})"
 )
