@@ -24,10 +24,11 @@ LAYERS_SAMPLES = 2
 INTEGER = frozenset(
     "QLinearConv QLinearMatMul ConvInteger MatMulInteger QGemm QAttention MatMulNBits "
     "QLinearAdd QLinearMul DynamicQuantizeLSTM DynamicQuantizeMatMul MatMulIntegerToFloat "
-    "DequantizeLinear".split()
+    "GatherBlockQuantized DequantizeLinear".split()
 )
 """Operators that only a quantized model has."""
 STORED = tuple(op for op in WEIGHTS if op not in INTEGER)
+START_OVER = "start from the float model, or let --requantize recover floats from this one"
 NOTHING = "nothing was quantized"
 INVALID = (onnx.checker.ValidationError, onnx.shape_inference.InferenceError)
 
@@ -48,7 +49,7 @@ def why_not(notes: Sequence[Note], model: Model) -> str:
     ops = ops or Counter(f"{n.op} of stored weights" for n in model.nodes(*STORED) if is_packed(n))
     if ops:
         listed = ", ".join(f"{count} {op}" for op, count in ops.most_common(3))
-        return f"the model is already quantized ({listed}): start from the float model"
+        return f"the model is already quantized ({listed}): {START_OVER}"
     reasons = Counter(n.text for n in notes if not n.changed and n.rule.startswith(NARROWING))
     why = "; ".join(f"{text} ({count})" for text, count in reasons.most_common(3))
     if any(has_weight(node) for node in model.nodes(*WEIGHTS)):

@@ -10,6 +10,7 @@ from onnxq.core import Pipeline
 from onnxq.data import ImageOptions, Spec
 from onnxq.interfaces import with_integer_io
 from onnxq.loading import ModelLike, load
+from onnxq.passes.dequantize_model import DequantizeModel
 from onnxq.passes.integer_io import Type
 from onnxq.plausibility import SeenInput, first, found, look
 from onnxq.recipes import load_recipe, plans, wants
@@ -67,6 +68,7 @@ def preview(
     settings: Settings | None = None,
     layers: Sequence[str] = (),
     integer_io: Type | None = None,
+    requantize: bool = False,
 ) -> Preview:
     """Plan, and look at the first samples; nothing runs and nothing is written.
 
@@ -85,6 +87,8 @@ def preview(
             warnings.append(f"{name} is left out: {planned}")
     feeds = first(samples)
     warnings += [] if samples.synthetic else found(loaded, feeds)
+    first_of_all = (_told(DequantizeModel(ranges=data is None)),) if requantize else ()
+    told = {name: (*first_of_all, *passes) for name, passes in told.items()}
     return Preview(told, samples.description, look(feeds) if feeds else (), tuple(warnings))
 
 

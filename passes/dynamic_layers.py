@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from onnxq.model import Model, values_of
 from onnxq.numerics.saturation import safe_scale
+from onnxq.packed import Grid, remembered
 from onnxq.passes.ops import kernel_rows, weight_input
 from onnxq.schemes import QParams, QuantScheme, integers, quantize_weight
 from onnxq.targets.dynamic import DynamicRule
@@ -245,11 +246,13 @@ class Editor:
         """A weight in integers, once for all nodes that use it so; turned: as its transpose."""
         key = (id(tensor), scheme, turned, node.op == "Conv" and node.attrs.get("group", 1))
         if key not in self.packed:
-            values = np.asarray(values_of(tensor))
+            values, grid = np.asarray(values_of(tensor)), remembered(tensor)
             if turned:
                 values = np.ascontiguousarray(values.T)
+                grid = None if grid is None else grid.map(np.transpose)
             rows = kernel_rows(node, values) if node.op == "Conv" else values[None]
-            q, params, raised = self.guarded(values, scheme, 0 if node.op == "Conv" else 1, rows)
+            axis = 0 if node.op == "Conv" else 1
+            q, params, raised = self.guarded(values, scheme, axis, rows, grid)
             self.packed[key] = self.stored(tensor.name, q, params, raised)
         return self.packed[key]
 
@@ -257,11 +260,12 @@ class Editor:
         """An LSTM's W or R [D, 4H, K] as [D, K, 4H], with scales [D, 4H] (or [D])."""
         key = (id(tensor), scheme, "gates")
         if key not in self.packed:
-            values = np.asarray(values_of(tensor))
+            values, grid = np.asarray(values_of(tensor)), remembered(tensor)
             parts = []
-            for direction in values:
+            for i, direction in enumerate(values):
                 matrix = np.ascontiguousarray(direction.T)
-                parts.append(self.guarded(matrix, scheme, 1, matrix[None]))
+                own = None if grid is None else grid.map(lambda a, i=i: a[i].T)  # type: ignore[misc]
+                parts.append(self.guarded(matrix, scheme, 1, matrix[None], own))
             q, scale = np.stack([p[0] for p in parts]), np.stack([p[1].scale for p in parts])
             constant = self.model.constant(f"{tensor.name}_quantized", q)
             self.packed[key] = Packed(constant, scale, None, sum(p[2] for p in parts))
@@ -273,12 +277,15 @@ class Editor:
         scheme: QuantScheme,
         axis: int,
         rows: NDArray[Any] | None,
+        grid: Grid | None,
     ) -> tuple[NDArray[Any], QParams, int]:
         """Integers, parameters, and how many scales were raised so that no pair saturates.
 
-        rows: [groups, K, N] as the kernel sums them (see `numerics.saturation`).
+        rows: [groups, K, N] as the kernel sums them (see `numerics.saturation`). grid: what the
+        values were in integers before.
         """
-        q, params = quantize_weight(values, scheme, axis, self.weight_range)
+        known = None if grid is None else grid.fitted(scheme, axis)
+        q, params = known or quantize_weight(values, scheme, axis, self.weight_range)
         if not self.saturates or rows is None or scheme.format != "int8":
             return q, params, 0
         if params.axis is None:
@@ -288,7 +295,9 @@ class Editor:
             scale = np.hstack([safe_scale(r, s) for r, s in zip(rows, parts, strict=True)])
         raised = int((scale > params.scale).sum())
         params = replace(params, scale=scale)
-        return integers(values, scheme, params), params, raised
+        if known is None or raised:
+            q = integers(values, scheme, params)
+        return q, params, raised
 
     def stored(self, name: str, q: NDArray[Any], params: QParams, raised: int) -> Packed:
         """The constants; zero points that are all alike are one."""

@@ -31,7 +31,7 @@ from onnxq.passes.formats import formats_of, opset_needed, require_formats, with
 from onnxq.passes.insertion import Editor, WeightMethod
 from onnxq.passes.ops import OPS
 from onnxq.passes.placement import RULE, Placement, place
-from onnxq.passes.ranges import activation_params
+from onnxq.passes.ranges import activation_params, remembered_ranges
 from onnxq.passes.sensitive import graph_rules, range_rules
 from onnxq.passes.work import macs
 from onnxq.statistics import Histogram, Method
@@ -148,6 +148,10 @@ class QuantizeStatic:
         # Range rules may take a Concat out: then its result has a range of its own.
         joins = (node for node in placement.nodes.values() if node.op == "Concat")
         wanted |= {placement.result(node).name for node in joins}
+        known = remembered_ranges(model, placement, wanted)
+        return {**self._observed(model, wanted - known.keys()), **known}
+
+    def _observed(self, model: Model, wanted: set[str]) -> Mapping[str, Histogram]:
         if self.calibration is not None and self.calibration.exists():
             found, meta = load_calibration(self.calibration)
             missing = sorted(wanted - found.keys())
@@ -167,12 +171,14 @@ class QuantizeStatic:
     ) -> Mapping[str, Histogram]:
         """Statistics of tensors that were another's copy while their producer was quantized."""
         wanted = {name for sources in placement.sources.values() for name in sources}
-        missing = wanted - known.keys()
+        kept = remembered_ranges(model, placement, wanted)
+        known = {name: seen for name, seen in known.items() if name not in kept}
+        missing = wanted - known.keys() - kept.keys()
         if missing and self.calibration is not None and self.calibration.exists():
             _, meta = load_calibration(self.calibration)
             if meta.get("of") != self.samples.fingerprint():
                 raise self._misfit(f"has no statistics of {min(missing)!r}")
-        return self._calibrated(model, missing, known) if missing else known
+        return {**(self._calibrated(model, missing, known) if missing else known), **kept}
 
     def _misfit(self, what: str) -> DataError:
         return DataError(

@@ -25,6 +25,7 @@ from onnxq.data import Samples
 from onnxq.layers import Choice, Layers
 from onnxq.model import Model
 from onnxq.options import require_range
+from onnxq.packed import remembered
 from onnxq.passes.encodings import Encoding, Packed, dequantized, evened, opset_for, stored
 from onnxq.passes.importance import Importance, observed
 from onnxq.passes.layouts import Held
@@ -318,6 +319,9 @@ class _Work:
             and node.op in CONVOLUTIONS
             and not isinstance(job.scheme.numbers, FloatFormat)
         )
+        grid = remembered(job.weight.tensor)
+        if grid is not None and (known := grid.map(held.rows).fitted(job.scheme)):
+            return Packed(held, *known), method
         rows = held.rows(values.astype(np.float32))
         integers, params = quantize_weight(
             rows, job.scheme, None, method,
