@@ -16,6 +16,7 @@ from onnxq.layers import WEIGHTS, has_weight, is_packed
 from onnxq.lint import conformance
 from onnxq.loading import ModelLike, load
 from onnxq.model import Model
+from onnxq.recipes import NARROWING
 from onnxq.targets import Target
 from onnxq.validation import layer_fidelity
 
@@ -23,17 +24,18 @@ LAYERS_SAMPLES = 2
 INTEGER = frozenset(
     "QLinearConv QLinearMatMul ConvInteger MatMulInteger QGemm QAttention MatMulNBits "
     "QLinearAdd QLinearMul DynamicQuantizeLSTM DynamicQuantizeMatMul MatMulIntegerToFloat "
-    "DequantizeLinear".split()
+    "GatherBlockQuantized DequantizeLinear".split()
 )
 """Operators that only a quantized model has."""
 STORED = tuple(op for op in WEIGHTS if op not in INTEGER)
+START_OVER = "start from the float model, or let --requantize recover floats from this one"
 NOTHING = "nothing was quantized"
 INVALID = (onnx.checker.ValidationError, onnx.shape_inference.InferenceError)
 
 
 def require_quantized(notes: Sequence[Note], model: Model) -> None:
     """Raise BudgetError, with the reasons, if nothing was quantized."""
-    if any(n.changed and n.rule.startswith("quantize") for n in notes):
+    if any(n.changed and n.rule.startswith(NARROWING) for n in notes):
         return
     raise BudgetError(
         f"{NOTHING}: {why_not(notes, model)}; "
@@ -47,8 +49,8 @@ def why_not(notes: Sequence[Note], model: Model) -> str:
     ops = ops or Counter(f"{n.op} of stored weights" for n in model.nodes(*STORED) if is_packed(n))
     if ops:
         listed = ", ".join(f"{count} {op}" for op, count in ops.most_common(3))
-        return f"the model is already quantized ({listed}): start from the float model"
-    reasons = Counter(n.text for n in notes if not n.changed and n.rule.startswith("quantize"))
+        return f"the model is already quantized ({listed}): {START_OVER}"
+    reasons = Counter(n.text for n in notes if not n.changed and n.rule.startswith(NARROWING))
     why = "; ".join(f"{text} ({count})" for text, count in reasons.most_common(3))
     if any(has_weight(node) for node in model.nodes(*WEIGHTS)):
         return why or "the weights of the model are too small to gain by it"

@@ -44,6 +44,7 @@ CONTRIB = ("MatMulNBits", "DynamicQuantizeMatMul", "DynamicQuantizeLSTM")
 # What a stored weight is unpacked with.
 UNPACKING = (
     "DequantizeLinear", "Cast", "Sub", "Mul", "Add", "Gather", "Reshape", "Transpose", "Identity",
+    "Slice", "Div", "Mod", "ReduceSum",
 )  # fmt: skip
 
 NARROW = {data_type_of(f.dtype) for name, f in FORMATS.items() if name != "int32"}
@@ -87,8 +88,10 @@ class Layers:
 
     @classmethod
     def parse(cls, texts: Iterable[str]) -> Layers:
-        """Read overrides; raises RecipeError for one that is none, or has no known format."""
-        return cls(tuple(_parse(text) for text in texts))
+        """Read overrides, or one; raises RecipeError for what is none, or has no known format."""
+        if not isinstance(texts, Iterable):
+            raise RecipeError(f"layers are overrides such as 'op:LSTM=float', not {texts!r}")
+        return cls(tuple(_parse(text) for text in ([texts] if isinstance(texts, str) else texts)))
 
     def choices(self, model: Model) -> dict[int, Choice]:
         """What is asked of which node of the model as it is now, bodies included; by node id."""
@@ -169,17 +172,33 @@ def _ends(model: Model, choices: Sequence[Choice]) -> dict[str, list[gs.Node]]:
     layers = [node for node in model.nodes(*WEIGHTS) if has_weight(node)] if asked else []
     found = {}
     for end in asked:
-        reached = _reached(model, layers, forwards=end == "first")
+        reached = reached_from(model, layers, forwards=end == "first")
         found[end] = [node for node in layers if id(node) not in reached]
     return found
 
 
 def has_weight(node: gs.Node) -> bool:
     """Whether it is a layer with a weight: a matrix or more that is stored in the file."""
-    if node.op not in WEIGHTS or (node.domain and node.op not in CONTRIB):
+    if node.op not in WEIGHTS or (node.domain and node.op not in CONTRIB) or is_lookup(node):
         return False
     held = [node.inputs[i] for i in WEIGHTS[node.op] if i < len(node.inputs)]
     return any(_is_stored(t) and (t.shape is None or len(t.shape) > 1) for t in held)
+
+
+def is_lookup(node: gs.Node) -> bool:
+    """Whether it takes stored values at stored indices: a part of how a weight is unpacked."""
+    return node.op == "Gather" and all(_is_stored(t) for t in node.inputs)
+
+
+def unpacked(constant: gs.Tensor) -> gs.Tensor:
+    """The last tensor that is unpacked from a constant and others, and nothing else."""
+    tensor = constant
+    while tensor.outputs and tensor.outputs[0].op in UNPACKING:
+        after = tensor.outputs[0].outputs[0]
+        if after.shape is None or not _is_stored(after):
+            break
+        tensor = after
+    return tensor
 
 
 def is_packed(node: gs.Node) -> bool:
@@ -217,10 +236,10 @@ def _is_stored(tensor: gs.Tensor) -> bool:
     )
 
 
-def _reached(model: Model, starts: Sequence[gs.Node], *, forwards: bool) -> set[int]:
+def reached_from(model: Model, starts: Sequence[gs.Node], *, forwards: bool) -> set[int]:
     """Ids of the nodes behind (or before) the given ones; what reaches a node reaches its bodies.
 
-    What leaves a body goes on behind its node.
+    What leaves a body goes on behind its node, which it reaches as well.
     """
     homes = {id(body): node for node in model.nodes() for body in bodies_of(node)}
     reached, todo = set[int](), list(starts)
@@ -234,6 +253,7 @@ def _reached(model: Model, starts: Sequence[gs.Node], *, forwards: bool) -> set[
     while todo:
         node = todo.pop()
         if (around := homes.get(id(model.graph_of(node)))) is not None:
+            reached.add(id(around))
             go_on(around)
         for tensor in node.outputs if forwards else node.inputs:
             for other in tensor.outputs if forwards else tensor.inputs:

@@ -25,6 +25,7 @@ from onnxq.sampling import samples_for
 from onnxq.targets import Target, load_target
 from onnxq.validation import compare as compare_outputs
 from onnxq.validation import layer_fidelity
+from onnxq.weight_table import weight_table
 from onnxq.weights import bytes_in
 
 
@@ -64,6 +65,7 @@ def _inspected(found: Model, aim: Target, name: str) -> Inspection:
         parameters=parameters,
         bytes_by_type=dict(sizes.most_common()),
         coverage=coverage(inside),
+        stored=weight_table(found),
         quantizable=tuple(node.name for node in placement.nodes.values()),
         notes=placement.declined,
     )

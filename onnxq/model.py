@@ -33,6 +33,7 @@ from onnxq.graphs import (
     walk,
 )
 from onnxq.opsets import align_functions, carry, convert
+from onnxq.schemes import QParams
 from onnxq.serialization import Exporter, Importer
 from onnxq.shapes import Merge, fill, inferred, same_types, shapes_with, symbols, take_types, update
 from onnxq.sweeping import sweep
@@ -74,6 +75,8 @@ class Model:
     envelope: onnx.ModelProto
     names: set[str] = field(default_factory=set, repr=False)
     has_data_file: bool = field(default=False, repr=False)
+    ranges: dict[str, tuple[QParams, ...]] = field(default_factory=dict, repr=False)
+    """What tensors were quantized with before floats were recovered, by name (see onnxq.packed)."""
     _counts: dict[str, int] = field(default_factory=dict, repr=False)
     _walked: list[gs.Graph] = field(default_factory=list, repr=False)
     _scratch: Scratch = field(default_factory=Scratch, repr=False)
@@ -235,6 +238,7 @@ class Model:
         proto = self._export(weights)
         graph = _imported(proto, weights.fetch)
         model = Model(graph, without(proto, "graph"), has_data_file=self.has_data_file)
+        model.ranges.update(self.ranges)
         model._name_nodes()
         same_types(self.graph, graph)
         remember(graph)

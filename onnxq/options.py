@@ -5,6 +5,7 @@ A pass's fields are its options. Types are those of the annotations; a Literal n
 
 from __future__ import annotations
 
+import math
 import types
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
@@ -75,6 +76,13 @@ def build(name: str, entry: Any, options: Mapping[str, Any], context: Mapping[st
     if not isinstance(result, Pass):
         raise RecipeError(f"{name!r} is not a pass: it has no name")
     return result
+
+
+def require_range(option: str, value: float, least: float, most: float = math.inf) -> None:
+    """Raise ValueError for a number that an option cannot be."""
+    if not least <= value <= most:
+        allowed = f"at least {least:g}" if most == math.inf else f"from {least:g} to {most:g}"
+        raise ValueError(f"{option} is {allowed}, not {value!r}")
 
 
 def fits(value: Any, hint: Any) -> bool:

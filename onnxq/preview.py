@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
+from onnxq.core import Pipeline
 from onnxq.data import ImageOptions, Spec
 from onnxq.interfaces import with_integer_io
 from onnxq.loading import ModelLike, load
+from onnxq.passes.dequantize_model import DequantizeModel
 from onnxq.passes.integer_io import Type
 from onnxq.plausibility import SeenInput, first, found, look
-from onnxq.recipes import load_recipe, plan, wants
+from onnxq.recipes import load_recipe, plans, wants
 from onnxq.report import SCHEMA, to_json
 from onnxq.sampling import NO_SAMPLES, samples_for
 from onnxq.settings import Settings, configured
@@ -25,7 +27,8 @@ if TYPE_CHECKING:
 class Preview:
     """The passes that would run, of each recipe that would be tried, and what would be fed.
 
-    warnings: where the samples look unlike what the graph expects.
+    warnings: recipes that the target cannot run, and where the samples look unlike what the graph
+    expects.
     """
 
     passes: Mapping[str, tuple[str, ...]]
@@ -65,6 +68,7 @@ def preview(
     settings: Settings | None = None,
     layers: Sequence[str] = (),
     integer_io: Type | None = None,
+    requantize: bool = False,
 ) -> Preview:
     """Plan, and look at the first samples; nothing runs and nothing is written.
 
@@ -75,11 +79,17 @@ def preview(
     samples = NO_SAMPLES
     if data is not None or images is not None or wants(chosen, "samples"):
         samples = samples_for(loaded, data, images)
-    planned = {one.name: plan(one, aim, samples) for one in chosen.candidates}
+    told, warnings = dict[str, tuple[str, ...]](), list[str]()
+    for name, planned in plans(chosen, aim, samples).items():
+        if isinstance(planned, Pipeline):
+            told[name] = tuple(map(_told, planned.passes))
+        else:
+            warnings.append(f"{name} is left out: {planned}")
     feeds = first(samples)
-    warnings = () if samples.synthetic else tuple(found(loaded, feeds))
-    told = {name: tuple(map(_told, pipeline.passes)) for name, pipeline in planned.items()}
-    return Preview(told, samples.description, look(feeds) if feeds else (), warnings)
+    warnings += [] if samples.synthetic else found(loaded, feeds)
+    first_of_all = (_told(DequantizeModel(ranges=data is None)),) if requantize else ()
+    told = {name: (*first_of_all, *passes) for name, passes in told.items()}
+    return Preview(told, samples.description, look(feeds) if feeds else (), tuple(warnings))
 
 
 def _told(pass_: object) -> str:

@@ -16,6 +16,7 @@ from onnxq.coverage import Coverage
 from onnxq.recipes import Recipe
 from onnxq.runtime import Latency
 from onnxq.validation import Fidelity, LayerError
+from onnxq.weight_table import StoredWeight, print_largest, print_totals
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,7 +32,8 @@ class Report:
     plan: the recipe that made the result: what `recipe` chose, or that itself. candidates: what was
     tried where it chose. notes: what each pass did and declined. coverage: of the result. fidelity,
     latency: None where validation was not asked for, latency also where the target runs elsewhere.
-    seconds: of each stage. also_written: files beside the output.
+    seconds: of each stage. also_written: files beside the output. stored: what each weight of the
+    result is stored in.
     """
 
     model: str
@@ -53,6 +55,7 @@ class Report:
     environment: Mapping[str, str]
     also_written: tuple[str, ...] = ()
     candidates: tuple[Candidate, ...] = ()
+    stored: tuple[StoredWeight, ...] = ()
 
     @property
     def is_slower(self) -> bool:
@@ -96,6 +99,7 @@ class Report:
         for warning in self.warnings:
             console.print(f"warning: {warning}", style="yellow")
         self._print_figures(console)
+        print_totals(console, self.stored)
         self._print_notes(console)
         self._print_floats(console)
         self._print_candidates(console)
@@ -177,6 +181,7 @@ class Inspection:
     parameters: int
     bytes_by_type: Mapping[str, int]
     coverage: Coverage
+    stored: tuple[StoredWeight, ...]
     quantizable: tuple[str, ...]
     notes: tuple[Note, ...]
 
@@ -203,6 +208,9 @@ class Inspection:
             rows.append(("functions", ", ".join(self.functions)))
         console.print(self.model)
         print_rows(console, rows)
+        print_totals(console, self.stored)
+        print_largest(console, self.stored)
+        _more(console, len(self.stored))
         console.print(f"{self.target} could run {len(self.quantizable)} nodes in integers")
         for note in self.notes[:SHOWN]:
             console.print(f"  float: {note.node}: {note.text}")

@@ -31,6 +31,7 @@ LARGE = 1 << 30  # bytes of weights above which a model goes to onnxruntime thro
 # the graph then contradicts itself. With this option int8 stays what it is, as on ARM.
 INT8_BUG = "output_dtype INT8 does not match y_zero_point type UINT8"
 INT8_ALLOWED = "session.qdqisint8allowed"
+HALF_INPUT = "tensor(float16)"
 
 
 def session(model: Source, *, optimize: Level = "all", threads: int | None = None) -> Any:
@@ -117,9 +118,20 @@ def run(session: Any, feed: Mapping[str, Any]) -> dict[str, Any]:
     What the feed has beyond the session's inputs (labels, inputs that a rewritten model lost) is
     left out. Raises whatever onnxruntime raises.
     """
-    wanted = {i.name: feed[i.name] for i in session.get_inputs() if i.name in feed}
+    wanted = fitted(session, feed)
     names = [o.name for o in session.get_outputs()]
     return dict(zip(names, session.run(names, wanted), strict=True))
+
+
+def fitted(session: Any, feed: Mapping[str, Any]) -> dict[str, Any]:
+    """What the session takes of a feed; floats of 32 bits in 16, where it wants those."""
+    return {
+        i.name: np.asarray(feed[i.name]).astype(np.float16)
+        if i.type == HALF_INPUT and np.asarray(feed[i.name]).dtype == np.float32
+        else feed[i.name]
+        for i in session.get_inputs()
+        if i.name in feed
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +174,6 @@ class Client:
         """Raises ModelError for metadata that are damaged."""
         self.session = session
         self.names = [o.name for o in session.get_outputs()]
-        self._inputs = [i.name for i in session.get_inputs()]
         values = {v.name: v for v in (*session.get_inputs(), *session.get_outputs())}
         known = ports_in(session.get_modelmeta().custom_metadata_map)
         self._ports = {
@@ -173,7 +184,7 @@ class Client:
 
     def fed(self, feed: Mapping[str, Any]) -> dict[str, Any]:
         """What the session takes of the feed; other arrays (labels) are left out."""
-        wanted = {name: feed[name] for name in self._inputs if name in feed}
+        wanted = fitted(self.session, feed)
         return {
             name: self._ports[name].quantize(values)
             if name in self._ports and np.asarray(values).dtype.kind == "f"

@@ -255,6 +255,13 @@ class QParams:
         elif np.ndim(self.scale) != (0 if self.axis is None else 1):
             raise ValueError("scale and zero point are scalars, or 1-D along an axis")
 
+    @property
+    def ends(self) -> tuple[float, float]:
+        """What one scale can represent: [(qmin - zero) scale, (qmax - zero) scale]."""
+        numbers = FORMATS[str(self.zero_point.dtype)]
+        scale, zero = float(self.scale), float(self.zero_point)
+        return (numbers.qmin - zero) * scale, (numbers.qmax - zero) * scale
+
     def quantize(self, x: NDArray[Any]) -> NDArray[Any]:
         """Return x as numbers of the zero point's dtype, same shape."""
         return quantize(x, self.scale, self.zero_point, axis=self.axis, group_size=self.group_size)

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, get_type_hints
 
 from onnxq.errors import RecipeError
 from onnxq.layers import Layers
-from onnxq.options import options_of
+from onnxq.options import fits, options_of, type_text
 from onnxq.plugins import find_pass
 from onnxq.recipes import Recipe, load_recipe, names
 
@@ -33,6 +33,8 @@ class Settings:
     granularity: one scale a tensor, channel or group; group_size: values of a group. symmetric: no
     zero points in weights. range, activation_range: how ranges of weights, of activations are
     chosen. bias: int32 or float. encoding: how weights are written (auto, compute or storage).
+    codebook, bits, dim: kind of codebooks, bits of an index, weights that share one.
+    interface: inputs and outputs of float32 in 16 bits, too (kept or half).
     """
 
     weights: str | None = None
@@ -44,6 +46,17 @@ class Settings:
     activation_range: str | None = None
     bias: str | None = None
     encoding: str | None = None
+    codebook: str | None = None
+    bits: int | None = None
+    dim: int | None = None
+    interface: str | None = None
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(Settings)
+        for name, value in self.given.items():
+            if not fits(value, hints[name]):
+                expected = type_text(hints[name]).removesuffix(" | None")
+                raise RecipeError(f"setting {name} = {value!r} is not {expected}")
 
     @property
     def given(self) -> dict[str, Any]:
@@ -56,6 +69,8 @@ def configured(recipe: Recipe, settings: Settings | None, layers: Sequence[str] 
 
     Raises RecipeError for a setting that none of its passes has, and overrides that are none.
     """
+    if not isinstance(settings, Settings | None):
+        raise RecipeError(f"settings are a Settings(weights='int4', ...), not {settings!r}")
     given = {} if settings is None else settings.given
     if isinstance(layers, str):
         layers = (layers,)
@@ -89,10 +104,10 @@ def _with(recipe: Recipe, given: Mapping[str, Any], layers: Sequence[str]) -> Re
 
 
 def _has_groups(recipe: Recipe) -> bool:
-    """Whether one of the passes that take a group size shares scales in groups, or may (auto)."""
+    """Whether one of the passes that take a group size shares scales in groups."""
     for name in _takers(recipe, "group_size"):
         default = next(o.default for o in options_of(find_pass(name)) if o.name == "granularity")
-        if recipe.options.get(name, {}).get("granularity", default) in ("group", "auto"):
+        if recipe.options.get(name, {}).get("granularity", default) == "group":
             return True
     return False
 

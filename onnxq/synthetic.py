@@ -20,6 +20,7 @@ from onnxq import runtime
 from onnxq.data import Feed, Samples, describe
 from onnxq.errors import DataError
 from onnxq.model import Model, readers, values_of
+from onnxq.operands import quantizers
 
 # Sizes tried for free axes, in turn: of images' sides first, then of sequences.
 SIZES = (64, 224, 32, 16, 128, 256, 512, 1, 4096, 16000)
@@ -41,13 +42,17 @@ PASSING = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """How values of one input are drawn: integers from [low, high), floats from a normal."""
+    """How values of one input are drawn: integers from [low, high), floats from a normal.
+
+    ends: of the range that the model quantizes the input in; floats are then drawn from it.
+    """
 
     name: str
     shape: tuple[int | str | None, ...]
     dtype: np.dtype[Any]
     low: int = 0
     high: int = 2
+    ends: tuple[float, float] | None = None
 
     def sides(self, size: int) -> list[int]:
         """The shape where free axes (some exporters write -1) get `size`, the first one 1."""
@@ -60,7 +65,11 @@ class Input:
         """One value; free axes get `size`."""
         shape = self.sides(size)
         if self.dtype.kind == "f":
-            return np.asarray(rng.normal(0, 1, shape), self.dtype)
+            drawn = rng.normal(0, 1, shape)
+            if self.ends is not None:
+                low, high = self.ends
+                drawn = np.clip((low + high) / 2 + drawn * (high - low) / 4, low, high)
+            return np.asarray(drawn, self.dtype)
         return np.asarray(rng.integers(self.low, self.high, shape), self.dtype)
 
 
@@ -70,7 +79,7 @@ def synthetic_samples(model: Model, n: int, seed: int = 0) -> Samples:
     Raises DataError when no sizes for the free axes are found that the model runs with.
     """
     batch = {t.shape[0] for t in model.graph.inputs if t.shape} - {None}
-    inputs = [_input(t, batch) for t in model.graph.inputs]
+    inputs = [_input(model, t, batch) for t in model.graph.inputs]
     session = runtime.session(model)
     sizes = (s for s in SIZES if sum(prod(i.sides(s)) for i in inputs) <= MOST)
     size = next((s for s in sizes if _runs(session, _feed(inputs, s, seed, 0))), None)
@@ -102,7 +111,7 @@ def _runs(session: Any, feed: Feed) -> bool:
     )
 
 
-def _input(tensor: gs.Variable, batch: set[int | str]) -> Input:
+def _input(model: Model, tensor: gs.Variable, batch: set[int | str]) -> Input:
     """What to draw; axes that are called like some input's first one are the batch, of size 1."""
     if tensor.dtype is not None and np.dtype(tensor.dtype).kind not in "fiub":
         what = "strings" if tensor.dtype == object else str(np.dtype(tensor.dtype))
@@ -117,7 +126,15 @@ def _input(tensor: gs.Variable, batch: set[int | str]) -> Input:
     dtype = np.dtype(tensor.dtype)
     low, high = _bounds(tensor, dtype)
     shape = tuple(1 if isinstance(d, str) and d in batch else d for d in tensor.shape)
-    return Input(tensor.name, shape, dtype, low, high)
+    return Input(tensor.name, shape, dtype, low, high, _quantized_range(model, tensor))
+
+
+def _quantized_range(model: Model, tensor: gs.Variable) -> tuple[float, float] | None:
+    """What the model can represent of an input that it quantizes, or did (`Model.ranges`)."""
+    found = [q.params for q in quantizers(tensor) if q.params is not None]
+    found = [*model.ranges.get(tensor.name, ()), *found]
+    ends = [p.ends for p in found if p.scale.ndim == 0]
+    return (min(e[0] for e in ends), max(e[1] for e in ends)) if ends else None
 
 
 def _bounds(tensor: gs.Variable, dtype: np.dtype[Any]) -> tuple[int, int]:

@@ -292,7 +292,8 @@ class Placeholders:
     def __call__(self, constant: gs.Constant) -> onnx.TensorProto:
         """The constant, with a mark in the place of large values."""
         values = constant._values
-        if isinstance(values, StoredSparse) or bytes_in(constant) < SMALL:
+        is_plain = isinstance(values, np.ndarray | Stored)
+        if isinstance(values, StoredSparse) or (is_plain and bytes_in(constant) < SMALL):
             return inline(constant)
         if isinstance(values, np.ndarray):  # shared from now on: nobody may write into it
             values = constant._values = values.view()

@@ -11,6 +11,7 @@ from pathlib import Path
 from onnxq import runtime
 from onnxq.attempts import Setting
 from onnxq.choosing import Objective
+from onnxq.core import Note
 from onnxq.data import ImageOptions, Samples, Spec
 from onnxq.errors import RecipeError
 from onnxq.interfaces import (
@@ -28,14 +29,20 @@ from onnxq.ortformat import check_name, write_ort
 from onnxq.passes.integer_io import Type
 from onnxq.plausibility import doubts
 from onnxq.preconditions import blames_the_model, check_output, require_budget, require_outputs
-from onnxq.recipes import load_recipe, plan, wants
+from onnxq.recipes import load_recipe, plans, wants
 from onnxq.report import Report
+from onnxq.requantizing import UNLIKE, blames_noise, left_alone, recover
 from onnxq.sampling import NO_SAMPLES, Need, samples_needed, split
 from onnxq.selection import choose_one, run_one
 from onnxq.settings import Settings, configured
 from onnxq.targets import Target, load_target
+from onnxq.weight_table import weight_table
 
 COMPARE_SECONDS = 5.0
+KEPT_RANGES = (
+    "no --data: activations keep the ranges that the model had; those that had none get them from "
+    "synthetic samples"
+)
 SYNTHETIC_RANGES = (
     "no --data: ranges come from synthetic samples, expect a loss of accuracy; "
     "give real ones before you deploy"
@@ -59,6 +66,7 @@ def optimize(
     min_sqnr: float | None = None,
     validate: bool | None = None,
     allow_unchanged: bool = False,
+    requantize: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> Report:
@@ -72,7 +80,9 @@ def optimize(
     is there, written when not. objective: what a recipe that chooses (auto) looks at first.
     min_sqnr: dB that every output must reach; 20 where a recipe chooses. validate: whether to
     compare; None leaves it out where the recipe does not run the model anyway and that is large or
-    nothing for onnxruntime. output None, or dry_run: nothing is written.
+    nothing for onnxruntime. requantize: recover floats from what is quantized in the model already,
+    and begin with them; its activations keep their ranges unless there is new data. output None, or
+    dry_run: nothing is written.
 
     Raises OnnxqError: ModelError, DataError, RecipeError for what cannot be used; BudgetError when
     min_sqnr is missed, nothing was quantized, or the target has no floats and they are needed
@@ -83,7 +93,7 @@ def optimize(
     with job.stage("load"):
         chosen, aim = configured(load_recipe(recipe), settings, layers), load_target(target)
         chosen = with_integer_io(chosen, integer_io)
-        plan(chosen, aim, None)  # what cannot be is refused before the model is read
+        plans(chosen, aim, None)  # what cannot be is refused before the model is read
         require_data(chosen, has_data=data is not None)
         require_header(chosen, header=header)
         beside = () if written is None else paths_beside(chosen, Path(written), header=header)
@@ -97,16 +107,27 @@ def optimize(
                 check_name(written)
         require_outputs(edited, name_of(model))
         before = size_of(original, edited), len(edited.nodes()), edited.opset
-    fits = wants(chosen, "samples") and (data is not None or not chosen.choose)
+    recovered: Sequence[Note] = ()
+    if requantize:
+        recovered = recover(edited, job, ranges=data is None)
+    elif any(one.is_quantizing for one in chosen.candidates):
+        job.warnings += left_alone(edited)
+    has_ranges = data is not None or bool(edited.ranges)
+    fits = wants(chosen, "samples") and (has_ranges or not chosen.choose)
     runs = fits or bool(chosen.choose)
-    with blames_the_model(original, name_of(model), chosen.name if runs else None):
+    unlike = bool(edited.ranges) and data is None
+    with (
+        blames_the_model(original, name_of(model), chosen.name if runs else None),
+        blames_noise(UNLIKE if unlike else None),
+    ):
         with job.stage("load"):
             must = runs or bool(validate) or min_sqnr is not None
             need: Need = "must" if must else "may" if validate is None else "no"
             samples, why = samples_needed(need, original, edited, data, images)
             job.warnings += [f"not compared with the original: {why}"] if why else []
             job.warnings += doubts(edited, samples)
-            job.warnings += [SYNTHETIC_RANGES] if fits and data is None else []
+            if fits and data is None:
+                job.warnings.append(KEPT_RANGES if edited.ranges else SYNTHETIC_RANGES)
             fitting, held = split(samples)
             compared = NO_SAMPLES if validate is False else held
         with _statistics_file(calibration) as statistics:
@@ -116,7 +137,7 @@ def optimize(
             if chosen.choose:
                 found = choose_one(
                     chosen, edited, setting, objective=objective, min_sqnr=min_sqnr,
-                    has_data=data is not None,
+                    has_data=has_ranges,
                 )  # fmt: skip
             else:
                 found = run_one(chosen, edited, setting, min_sqnr)
@@ -135,7 +156,7 @@ def optimize(
         size_bytes=(before[0], size),
         nodes=(before[1], len(done.model.nodes())),
         opset=(before[2], done.model.opset),
-        notes=done.notes,
+        notes=(*recovered, *done.notes),
         coverage=done.coverage,
         fidelity=done.fidelity,
         latency=found.latency,
@@ -144,6 +165,7 @@ def optimize(
         environment=runtime.environment(),
         also_written=tuple(map(str, also)),
         candidates=found.candidates,
+        stored=weight_table(done.model),
     )
 
 

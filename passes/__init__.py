@@ -6,11 +6,14 @@ from typing import Any
 
 from onnxq.core import Fixpoint, Pass, Pipeline
 from onnxq.passes.cancel_transposes import cancel_transposes
+from onnxq.passes.convert_float16 import ConvertFloat16
 from onnxq.passes.convert_float32 import convert_float32
+from onnxq.passes.dequantize_model import DequantizeModel
 from onnxq.passes.drop_dead_nodes import drop_dead_nodes
 from onnxq.passes.drop_noops import drop_noops
 from onnxq.passes.drop_traces import drop_traces
 from onnxq.passes.drop_zero_states import drop_zero_states
+from onnxq.passes.fill_blocks import FillBlocks
 from onnxq.passes.fold_add import fold_add
 from onnxq.passes.fold_batchnorm import fold_batchnorm
 from onnxq.passes.fold_constants import fold_constants
@@ -24,7 +27,9 @@ from onnxq.passes.inline_if import inline_if
 from onnxq.passes.integer_io import IntegerIo
 from onnxq.passes.merge_reshapes import merge_reshapes
 from onnxq.passes.merge_slices import merge_slices
+from onnxq.passes.name_sizes import name_sizes
 from onnxq.passes.pool_first import pool_first
+from onnxq.passes.quantize_codebook import QuantizeCodebook
 from onnxq.passes.quantize_dynamic import QuantizeDynamic
 from onnxq.passes.quantize_static import QuantizeStatic
 from onnxq.passes.quantize_weights import QuantizeWeights
@@ -51,11 +56,14 @@ cleanup = Fixpoint(
 PASSES: dict[str, Pass | type[Any]] = {
     "cancel_transposes": cancel_transposes,
     "cleanup": cleanup,
+    "convert_float16": ConvertFloat16,
     "convert_float32": convert_float32,
+    "dequantize_model": DequantizeModel,
     "drop_dead_nodes": drop_dead_nodes,
     "drop_noops": drop_noops,
     "drop_traces": drop_traces,
     "drop_zero_states": drop_zero_states,
+    "fill_blocks": FillBlocks,
     "fold_add": fold_add,
     "fold_batchnorm": fold_batchnorm,
     "fold_constants": fold_constants,
@@ -69,7 +77,9 @@ PASSES: dict[str, Pass | type[Any]] = {
     "integer_io": IntegerIo,
     "merge_reshapes": merge_reshapes,
     "merge_slices": merge_slices,
+    "name_sizes": name_sizes,
     "pool_first": pool_first,
+    "quantize_codebook": QuantizeCodebook,
     "quantize_dynamic": QuantizeDynamic,
     "quantize_static": QuantizeStatic,
     "quantize_weights": QuantizeWeights,
@@ -82,7 +92,11 @@ PASSES: dict[str, Pass | type[Any]] = {
 
 __all__ = [
     "PASSES",
+    "ConvertFloat16",
+    "DequantizeModel",
+    "FillBlocks",
     "IntegerIo",
+    "QuantizeCodebook",
     "QuantizeDynamic",
     "QuantizeStatic",
     "QuantizeWeights",
@@ -108,6 +122,7 @@ __all__ = [
     "inline_if",
     "merge_reshapes",
     "merge_slices",
+    "name_sizes",
     "pool_first",
     "share_initializers",
     "share_nodes",

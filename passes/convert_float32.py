@@ -9,8 +9,6 @@ kernels do not see layers of 16-bit floats. Values are those of the original, ro
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
-from typing import Any
 
 import numpy as np
 import onnx
@@ -19,13 +17,9 @@ import onnx_graphsurgeon as gs
 from onnxq.core import Note
 from onnxq.graphs import DEFAULT_DOMAIN
 from onnxq.model import Model, readers, values_of
-from onnxq.weights import dtype_of
+from onnxq.passes.halves import FLOAT32, HALVES, is_half, retype, tensors_of
 
 NAME = "convert_float32"
-FLOAT32 = np.dtype(np.float32)
-HALVES = {kind: dtype_of(kind) for kind in (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)}
-# Attributes that name a type of floats.
-TYPES = ("to", "dtype", "output_dtype", "output_datatype")
 # Types of elements inside sequences and optionals are in the interface, or in no Variable.
 HOLDERS = ("Sequence", "Optional", "SplitToSequence", "ConcatFromSequence")
 
@@ -37,7 +31,7 @@ class ConvertFloat32:
 
     def __call__(self, model: Model, /) -> Sequence[Note]:
         """Convert in place, or say which node needs 16 bits."""
-        halves = [t for t in _tensors(model) if is_half(t) and not _is_edge(model, t)]
+        halves = [t for t in tensors_of(model) if is_half(t) and not _is_edge(model, t)]
         if not halves:
             return []
         for node in model.nodes():
@@ -65,16 +59,11 @@ class ConvertFloat32:
         made = {*map(id, casts), *(id(n) for t in edges for n in (*t.inputs, *t.outputs))}
         for node in model.nodes():
             if id(node) not in made:
-                _widen_attributes(node)
+                retype(node, frozenset(HALVES.values()), FLOAT32)
         return [Note(NAME, model.graph.name, f"{len(halves)} tensors to float32")]
 
     def __repr__(self) -> str:
         return self.name
-
-
-def is_half(tensor: gs.Tensor) -> bool:
-    """Whether the tensor is of 16-bit floats."""
-    return tensor.dtype is not None and np.dtype(tensor.dtype) in HALVES.values()
 
 
 def _is_edge(model: Model, tensor: gs.Tensor) -> bool:
@@ -89,14 +78,6 @@ def _is_edge(model: Model, tensor: gs.Tensor) -> bool:
 
 def _casts(node: gs.Node, other: Sequence[gs.Tensor]) -> bool:
     return bool(node.op == "Cast" and other[0].dtype == FLOAT32)
-
-
-def _tensors(model: Model) -> list[gs.Tensor]:
-    found: dict[int, gs.Tensor] = {}
-    for graph in model.graphs():
-        inner = chain.from_iterable((*node.inputs, *node.outputs) for node in graph.nodes)
-        found |= {id(t): t for t in chain(graph.inputs, graph.outputs, inner)}
-    return list(found.values())
 
 
 def _after(model: Model, tensor: gs.Tensor) -> gs.Node:
@@ -126,24 +107,6 @@ def _before(model: Model, tensor: gs.Tensor) -> gs.Node:
     node = narrow.inputs[0]
     node.outputs[0] = tensor
     return node
-
-
-def _widen_attributes(node: gs.Node) -> None:
-    if node.domain not in DEFAULT_DOMAIN:
-        return
-    for key, value in node.attrs.items():
-        if key in TYPES and not isinstance(value, list):
-            node.attrs[key] = _wide_type(value)
-        elif isinstance(value, gs.Constant) and is_half(value):
-            value.values = value.values.astype(FLOAT32)
-        elif isinstance(value, np.ndarray) and value.dtype in HALVES.values():
-            node.attrs[key] = value.astype(FLOAT32)
-
-
-def _wide_type(value: Any) -> Any:
-    if isinstance(value, (np.dtype, type)):
-        return FLOAT32 if np.dtype(value) in HALVES.values() else value
-    return onnx.TensorProto.FLOAT if value in HALVES else value
 
 
 convert_float32 = ConvertFloat32()

@@ -13,7 +13,6 @@ transA the integers of x are transposed, a byte an element.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -24,6 +23,7 @@ from numpy.typing import NDArray
 
 from onnxq.model import Model, values_of
 from onnxq.numerics.saturation import safe_scale
+from onnxq.packed import Grid, remembered
 from onnxq.passes.ops import kernel_rows, weight_input
 from onnxq.schemes import QParams, QuantScheme, integers, quantize_weight
 from onnxq.targets.dynamic import DynamicRule
@@ -77,9 +77,10 @@ class Editor:
         weight = self.weight(node, node.inputs[index], scheme, turned=turned)
         data, out = node.inputs[1 - index], node.outputs[0]
         across = from_left or bool(is_gemm and node.attrs.get("transA", 0))
+        rank = 2 if is_gemm else len(data.shape or ())
         q, scale, zero, *sizes = self.integers_of(data, node, rows=rows and not across)
         if across:
-            q = self.transposed(q, data.shape, node)
+            q = self.transposed(q, rank, node)
         alpha = np.float32(node.attrs.get("alpha", 1.0) if is_gemm else 1.0)
         bias = node.inputs[2] if is_gemm and len(node.inputs) > 2 else None
         y = self.product("MatMulInteger", q, scale, zero, weight, weight.scale * alpha, node, {})
@@ -89,7 +90,7 @@ class Editor:
             columns = int(weight.values.shape[1])
             y = self.emit("Add", y, self.scaled(bias, node, columns), node=node, name=out.name)
         if from_left:
-            y = self.transposed(y, data.shape, node)
+            y = self.transposed(y, rank, node)
         self.finish(node, y)
         return weight.raised
 
@@ -216,9 +217,9 @@ class Editor:
         least = self.model.constant(f"{name}_least", np.array(TINY, np.float32))
         return emit("Max", largest, least, name=name, like=largest, at=node)
 
-    def transposed(self, tensor: gs.Tensor, like: Sequence[Any], node: gs.Node) -> gs.Tensor:
-        """The last two axes exchanged; like: a shape with the tensor's rank."""
-        perm = [*range(len(like) - 2), len(like) - 1, len(like) - 2]
+    def transposed(self, tensor: gs.Tensor, rank: int, node: gs.Node) -> gs.Tensor:
+        """The last two axes exchanged."""
+        perm = [*range(rank - 2), rank - 1, rank - 2]
         shape = None if tensor.shape is None else [tensor.shape[i] for i in perm]
         return self.model.emit(
             "Transpose", tensor, name=f"{tensor.name}_transposed", dtype=tensor.dtype,
@@ -245,11 +246,13 @@ class Editor:
         """A weight in integers, once for all nodes that use it so; turned: as its transpose."""
         key = (id(tensor), scheme, turned, node.op == "Conv" and node.attrs.get("group", 1))
         if key not in self.packed:
-            values = np.asarray(values_of(tensor))
+            values, grid = np.asarray(values_of(tensor)), remembered(tensor)
             if turned:
                 values = np.ascontiguousarray(values.T)
+                grid = None if grid is None else grid.map(np.transpose)
             rows = kernel_rows(node, values) if node.op == "Conv" else values[None]
-            q, params, raised = self.guarded(values, scheme, 0 if node.op == "Conv" else 1, rows)
+            axis = 0 if node.op == "Conv" else 1
+            q, params, raised = self.guarded(values, scheme, axis, rows, grid)
             self.packed[key] = self.stored(tensor.name, q, params, raised)
         return self.packed[key]
 
@@ -257,11 +260,12 @@ class Editor:
         """An LSTM's W or R [D, 4H, K] as [D, K, 4H], with scales [D, 4H] (or [D])."""
         key = (id(tensor), scheme, "gates")
         if key not in self.packed:
-            values = np.asarray(values_of(tensor))
+            values, grid = np.asarray(values_of(tensor)), remembered(tensor)
             parts = []
-            for direction in values:
+            for i, direction in enumerate(values):
                 matrix = np.ascontiguousarray(direction.T)
-                parts.append(self.guarded(matrix, scheme, 1, matrix[None]))
+                own = None if grid is None else grid.map(lambda a, i=i: a[i].T)  # type: ignore[misc]
+                parts.append(self.guarded(matrix, scheme, 1, matrix[None], own))
             q, scale = np.stack([p[0] for p in parts]), np.stack([p[1].scale for p in parts])
             constant = self.model.constant(f"{tensor.name}_quantized", q)
             self.packed[key] = Packed(constant, scale, None, sum(p[2] for p in parts))
@@ -273,12 +277,15 @@ class Editor:
         scheme: QuantScheme,
         axis: int,
         rows: NDArray[Any] | None,
+        grid: Grid | None,
     ) -> tuple[NDArray[Any], QParams, int]:
         """Integers, parameters, and how many scales were raised so that no pair saturates.
 
-        rows: [groups, K, N] as the kernel sums them (see `numerics.saturation`).
+        rows: [groups, K, N] as the kernel sums them (see `numerics.saturation`). grid: what the
+        values were in integers before.
         """
-        q, params = quantize_weight(values, scheme, axis, self.weight_range)
+        known = None if grid is None else grid.fitted(scheme, axis)
+        q, params = known or quantize_weight(values, scheme, axis, self.weight_range)
         if not self.saturates or rows is None or scheme.format != "int8":
             return q, params, 0
         if params.axis is None:
@@ -288,7 +295,9 @@ class Editor:
             scale = np.hstack([safe_scale(r, s) for r, s in zip(rows, parts, strict=True)])
         raised = int((scale > params.scale).sum())
         params = replace(params, scale=scale)
-        return integers(values, scheme, params), params, raised
+        if known is None or raised:
+            q = integers(values, scheme, params)
+        return q, params, raised
 
     def stored(self, name: str, q: NDArray[Any], params: QParams, raised: int) -> Packed:
         """The constants; zero points that are all alike are one."""

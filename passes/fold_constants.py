@@ -20,6 +20,7 @@ from onnx import numpy_helper
 from onnxq import runtime
 from onnxq.core import Note
 from onnxq.model import Model, readers, values_of
+from onnxq.weights import dtype_of
 
 NAME = "fold_constants"
 RANDOM = (
@@ -143,7 +144,17 @@ def _may_fold(model: Model, node: gs.Node) -> bool:
         return False
     if any(model.is_output(t) for t in node.outputs) or not node.outputs:
         return False
+    if node.op == "Cast" and _widens(node):
+        return False
     return not any(isinstance(t, gs.Constant) and _is_packed(t) for t in node.inputs)
+
+
+def _widens(node: gs.Node) -> bool:
+    """Whether a weight stored in 16-bit floats is cast to wider ones: runtimes do it at load."""
+    source, to = node.inputs[0], dtype_of(node.attrs["to"])
+    name = str(source.dtype)
+    is_half = name in ("float16", "bfloat16") and prod(source.shape or ()) >= WEIGHT
+    return is_half and to is not None and to.itemsize > np.dtype(source.dtype).itemsize
 
 
 def _is_packed(constant: gs.Constant) -> bool:

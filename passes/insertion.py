@@ -15,6 +15,7 @@ from onnxq.core import Note
 from onnxq.model import Model, readers, values_of
 from onnxq.numerics.affine import next_power_of_two
 from onnxq.numerics.saturation import safe_scale
+from onnxq.packed import fitted
 from onnxq.passes.ops import (
     OPS,
     activation_inputs,
@@ -28,6 +29,7 @@ from onnxq.passes.ops import (
 from onnxq.passes.placement import RULE, Placement, keeps_scale
 from onnxq.schemes import (
     FORMATS,
+    PerChannel,
     PerGroup,
     PerTensor,
     QParams,
@@ -38,7 +40,8 @@ from onnxq.schemes import (
 )
 from onnxq.targets import Target
 
-WeightMethod = Literal["minmax", "mse"]
+WeightMethod = Literal["minmax", "mse", "standardized", "hqq"]
+BIAS, BIASES = QuantScheme("int32"), QuantScheme("int32", PerChannel(0))
 NEGATIVE = 1 / 3  # the share of a range below 0 up to which values count as mostly positive
 
 
@@ -99,8 +102,12 @@ class Editor:
         return self.placement.formats[id(node)]
 
     def scheme_of(self, node: gs.Node) -> QuantScheme:
-        """How the node's weight is quantized."""
-        return self.schemes.get(id(node), self.target.weights_of(node.op))
+        """How the node's weight is quantized; in groups only where kernels read them."""
+        scheme = self.schemes.get(id(node), self.target.weights_of(node.op))
+        in_groups = isinstance(scheme.granularity, PerGroup)
+        if in_groups and self.format_of(node) in self.target.simulated:
+            return replace(scheme, granularity=PerChannel())
+        return scheme
 
     def note(self, node: gs.Node) -> Note:
         """What was done to the node."""
@@ -246,11 +253,13 @@ class Editor:
         key = (id(tensor), scheme, axis, group, is_balanced)
         if key not in self.weights:
             values = np.asarray(values_of(tensor))
-            q, params = quantize_weight(values, scheme, axis, self.weight_range)
+            known = fitted(tensor, scheme, axis)
+            q, params = known or quantize_weight(values, scheme, axis, self.weight_range)
             if guarded is not None:
-                params = self.guard(guarded, values, params)
-                q = integers(values, scheme, params)
-            if is_balanced and params.group_size is None:
+                given, params = params, self.guard(guarded, values, params)
+                if known is None or not np.array_equal(given.scale, params.scale):
+                    q = integers(values, scheme, params)
+            if is_balanced and params.group_size is None and known is None:
                 q = balance(values, q, scheme, params, 0)
             if scheme.format in self.target.widened:
                 wide = self.target.weights.numbers.dtype
@@ -337,7 +346,7 @@ class Editor:
                 return  # a float bias is as good, and spares the weight
             if saturates:  # a coarser weight is exact enough
                 dequantized, params = self.coarser(weight, scheme, params, least)
-            node.inputs[at] = self.bias(node.inputs[at].name, bias, x_scale, params, repeats)
+            node.inputs[at] = self.bias(node.inputs[at], bias, x_scale, params, repeats)
         node.inputs[index] = dequantized
 
     def is_wide(self, node: gs.Node) -> bool:
@@ -363,7 +372,8 @@ class Editor:
         key = (id(tensor), scheme, axis, "unpacked")
         if key not in self.weights:
             values = np.asarray(values_of(tensor))
-            q, params = quantize_weight(values, scheme, axis, self.weight_range)
+            known = fitted(tensor, scheme, axis)
+            q, params = known or quantize_weight(values, scheme, axis, self.weight_range)
             wide, float32 = self.model.constant(f"{tensor.name}_q", q), np.dtype(np.float32)
             kind = onnx.TensorProto.FLOAT
             shape = [1] * values.ndim
@@ -386,11 +396,20 @@ class Editor:
         return self.weights[key][0]
 
     def bias(
-        self, name: str, bias: NDArray[np.float64], x_scale: float, params: QParams, repeats: int
+        self,
+        tensor: gs.Tensor,
+        bias: NDArray[np.float64],
+        x_scale: float,
+        params: QParams,
+        repeats: int,
     ) -> gs.Tensor:
         """The bias as int32 in the accumulator's scale."""
         axis = None if params.axis is None else 0
         w_scale = params.scale if axis is None else np.tile(params.scale, repeats)
         scale = (x_scale * w_scale).astype(np.float32)
         q = np.rint(bias / scale.astype(np.float64)).astype(np.int32)
-        return self.integer_constant(name, q, QParams(scale, np.zeros(scale.shape, np.int32), axis))
+        own = QParams(scale, np.zeros(scale.shape, np.int32), axis)
+        known = fitted(tensor, BIAS if axis is None else BIASES, None)
+        if known is not None and np.array_equal(known[1].scale, scale):
+            q = known[0]
+        return self.integer_constant(tensor.name, q, own)

@@ -92,8 +92,12 @@ def bias_of(node: gs.Node) -> NDArray[np.float64] | None:
 
 
 def rewrite(model: Model, node: gs.Node, weight: Values, bias: Values | None) -> None:
-    """Give the layer new constants of its own; a bias has beta applied already."""
-    node.inputs[1] = model.constant(f"{node.inputs[1].name}_folded", weight)
+    """Give the layer new constants of its own; a bias has beta applied already.
+
+    A weight that is as it was stays: it may remember its integers.
+    """
+    if not np.array_equal(weight, constant(node, 1)):
+        node.inputs[1] = model.constant(f"{node.inputs[1].name}_folded", weight)
     if bias is None:
         return
     made = model.constant(f"{node.name}_bias", bias.astype(weight.dtype))

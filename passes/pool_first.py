@@ -27,7 +27,7 @@ def pool_first(model: Model, pool: gs.Node) -> str | None:
     if len([t for t in pool.outputs if t.name]) != 1 or model.is_output(pool.outputs[0]):
         return None
     chain = _rising(model, pool)
-    if not chain:
+    if not chain or any(model.graph_of(n) is not model.graph_of(pool) for n in chain):
         return None
     first, last = chain[-1], chain[0]
     start, middle, end = first.inputs[0], last.outputs[0], pool.outputs[0]

@@ -25,12 +25,13 @@ from onnxq.errors import DataError, RecipeError
 from onnxq.fingerprint import fingerprint
 from onnxq.layers import Layers
 from onnxq.model import Model
+from onnxq.options import require_range
 from onnxq.passes.float_layers import spread_scales
 from onnxq.passes.formats import formats_of, opset_needed, require_formats, with_granularity
 from onnxq.passes.insertion import Editor, WeightMethod
 from onnxq.passes.ops import OPS
 from onnxq.passes.placement import RULE, Placement, place
-from onnxq.passes.ranges import activation_params
+from onnxq.passes.ranges import activation_params, remembered_ranges
 from onnxq.passes.sensitive import graph_rules, range_rules
 from onnxq.passes.work import macs
 from onnxq.statistics import Histogram, Method
@@ -50,9 +51,10 @@ class QuantizeStatic:
     case); auto: what the target is fastest with. granularity: of weights; channels where the
     operator may have them, groups of group_size for those below 8 bits, where the target has them,
     with float biases. range: how activation ranges are chosen (minmax, percentile, entropy, mse,
-    careful). weight_range: minmax or mse. bias: int32 or float, where the target takes either.
-    layers: overrides for single layers, see `onnxq.layers`. calibration: a file; re-used when it is
-    there, written when it is not, completed when the same samples are given.
+    careful). weight_range: how scales of weights are, as in quantize_weights. bias: int32 or float,
+    where the target takes either. layers: overrides for single layers, see `onnxq.layers`.
+    calibration: a file; re-used when it is there, written when it is not, completed when the same
+    samples are given.
     """
 
     target: Target
@@ -70,6 +72,7 @@ class QuantizeStatic:
 
     def __post_init__(self) -> None:
         """Refuse, by name, what the target does not execute; nothing has been calibrated yet."""
+        require_range("group_size", self.group_size, 1)
         target = self.target
         require_formats(target, self.activations, self.weights)
         with_granularity(target, target.weights, self.granularity, self.group_size)
@@ -145,6 +148,10 @@ class QuantizeStatic:
         # Range rules may take a Concat out: then its result has a range of its own.
         joins = (node for node in placement.nodes.values() if node.op == "Concat")
         wanted |= {placement.result(node).name for node in joins}
+        known = remembered_ranges(model, placement, wanted)
+        return {**self._observed(model, wanted - known.keys()), **known}
+
+    def _observed(self, model: Model, wanted: set[str]) -> Mapping[str, Histogram]:
         if self.calibration is not None and self.calibration.exists():
             found, meta = load_calibration(self.calibration)
             missing = sorted(wanted - found.keys())
@@ -164,12 +171,14 @@ class QuantizeStatic:
     ) -> Mapping[str, Histogram]:
         """Statistics of tensors that were another's copy while their producer was quantized."""
         wanted = {name for sources in placement.sources.values() for name in sources}
-        missing = wanted - known.keys()
+        kept = remembered_ranges(model, placement, wanted)
+        known = {name: seen for name, seen in known.items() if name not in kept}
+        missing = wanted - known.keys() - kept.keys()
         if missing and self.calibration is not None and self.calibration.exists():
             _, meta = load_calibration(self.calibration)
             if meta.get("of") != self.samples.fingerprint():
                 raise self._misfit(f"has no statistics of {min(missing)!r}")
-        return self._calibrated(model, missing, known) if missing else known
+        return {**(self._calibrated(model, missing, known) if missing else known), **kept}
 
     def _misfit(self, what: str) -> DataError:
         return DataError(

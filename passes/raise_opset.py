@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import onnx
+
 from onnxq.core import Note
 from onnxq.errors import ModelError
 from onnxq.model import Model
+from onnxq.options import require_range
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +22,9 @@ class RaiseOpset:
     """
 
     version: int
+
+    def __post_init__(self) -> None:
+        require_range("version", self.version, 1, onnx.defs.onnx_opset_version())
 
     @property
     def name(self) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
 
@@ -71,6 +71,7 @@ def _in_format(
             lo, hi = np.clip(found, *useful[group])
             least, most = stored.get(group, (0.0, 0.0))
             known[group] = activations.params(min(lo, least), max(hi, most))
+            known[group] = _remembered(model, placement, group, format) or known[group]
             if len({demands.get(name) for name in group}) == 1:
                 known[group] = fixed.get(min(group), known[group])
         result[tensor.name] = fixed.get(tensor.name, known[group])
@@ -113,3 +114,36 @@ def _stored_ranges(target: Target, placement: Placement) -> dict[Group, tuple[fl
                 lo, hi = found.get(group, (0.0, 0.0))
                 found[group] = min(lo, float(v.min())), max(hi, float(v.max()))
     return found
+
+
+def remembered_ranges(
+    model: Model, placement: Placement, wanted: Collection[str]
+) -> dict[str, Histogram]:
+    """The ranges of tensors that were quantized in the model that floats were recovered from.
+
+    A tensor that shares its scale with others has theirs, if it has none of its own.
+    """
+    found = {name: _spanned(params) for name, params in model.ranges.items() if params}
+    for name, group in placement.sources.items():
+        if name in found:
+            for other in group:
+                found.setdefault(other, found[name])
+    return {name: found[name] for name in wanted if name in found}
+
+
+def _spanned(params: Sequence[QParams]) -> Histogram:
+    """The ends of all that the parameters can represent."""
+    return reduce(Histogram.merge, (Histogram.of(np.array(one.ends)) for one in params))
+
+
+def _remembered(model: Model, placement: Placement, group: Group, format: str) -> QParams | None:
+    """The parameters that all tensors of a group had in a format, if they are the same."""
+    names = {*group, *(name for name, own in placement.sources.items() if own == group)}
+    found = [
+        params
+        for name in names
+        for params in model.ranges.get(name, ())
+        if str(params.zero_point.dtype) == format
+    ]
+    each = {(float(p.scale), int(p.zero_point)) for p in found}
+    return found[0] if len(each) == 1 else None

@@ -12,6 +12,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnxq.graphs import bodies_of
+from onnxq.layers import reached_from
 from onnxq.model import Model, producer, readers
 from onnxq.passes.ops import OPS, activation_inputs, is_constant
 from onnxq.passes.placement import Placement
@@ -145,10 +146,13 @@ def recurrent_state(model: Model) -> Iterator[tuple[gs.Node, str]]:
     """Layers that read or write a state which goes round: their errors add up from step to step.
 
     A state is what a Loop or Scan carries; and a float input of the model, not the first, with the
-    shape of an output (not the first either).
+    shape of an output (not the first either) that other inputs go into, too: else it is a branch.
     """
     states = [
-        (i, o) for i in model.graph.inputs[1:] for o in model.graph.outputs[1:] if _twins(i, o)
+        (i, o)
+        for i in model.graph.inputs[1:]
+        for o in model.graph.outputs[1:]
+        if _twins(i, o) and _has_other_inputs(model, i, o)
     ]
     states += [pair for node in model.nodes("Loop", "Scan") for pair in _carried(node)]
     text = "recurrent state goes through it: errors would add up from step to step"
@@ -179,6 +183,16 @@ def _twins(a: gs.Tensor, b: gs.Tensor) -> bool:
         return False
     known = [(x, y) for x, y in zip(a.shape, b.shape, strict=False) if isinstance(x, int)]
     return len(a.shape) == len(b.shape) and all(x == y or not isinstance(y, int) for x, y in known)
+
+
+def _has_other_inputs(model: Model, state: gs.Tensor, output: gs.Tensor) -> bool:
+    """Whether inputs besides the state go into the output."""
+    maker = producer(output)
+    return maker is not None and any(
+        id(maker) in {*map(id, t.outputs), *reached_from(model, t.outputs, forwards=True)}
+        for t in model.graph.inputs
+        if t is not state
+    )
 
 
 def _layers(

@@ -205,14 +205,34 @@ def _reduce(sizes: Sizes, node: gs.Node, shapes: Shapes) -> Shape | None:
 
 
 def _layer(sizes: Sizes, node: gs.Node, shapes: Shapes) -> Sequence[Size | None] | None:
-    """Convolutions and pooling keep the batch; numbers are what the model says."""
+    """Convolutions and pooling keep the batch; numbers are what the model says.
+
+    Equal sizes slid over in the same way give equal sizes; "same" padding keeps them.
+    """
     shape = shapes[0]
     if not shape:
         return None
     keeps = shape[1] if "Pool" in node.op and len(shape) > 1 else None
     if node.op.startswith("Global"):
         return [shape[0], keeps, *[1] * (len(shape) - 2)]
-    return [shape[0], keeps, *[None] * (len(shape) - 2)]
+    return [shape[0], keeps, *(_slid(node, i, d) for i, d in enumerate(shape[2:]))]
+
+
+def _slid(node: gs.Node, i: int, size: Size) -> Size | None:
+    """The size of an axis that a kernel slides over; i: among the spatial axes."""
+    weight = node.inputs[1].shape if len(node.inputs) > 1 else None
+    kernel = node.attrs.get("kernel_shape", weight[2:] if weight else None)
+    if not kernel or isinstance(size, int) or not isinstance(kernel[i], int):
+        return None
+    count, auto = len(kernel), node.attrs.get("auto_pad", "NOTSET")
+    stride, reach = (int(node.attrs.get(a, [1] * count)[i]) for a in ("strides", "dilations"))
+    reach *= int(kernel[i]) - 1
+    pads = node.attrs.get("pads", [0] * 2 * count)
+    padded = pads[i] + pads[i + count] if auto == "NOTSET" else 0 if auto == "VALID" else None
+    if stride == 1 and (padded is None or padded == reach):
+        return size
+    ceil = node.attrs.get("ceil_mode", 0)
+    return f"slid({size},{stride},{reach},{padded},{ceil})".replace("*", ".")
 
 
 def _of_shape(sizes: Sizes, node: gs.Node, shapes: Shapes) -> Known | None:

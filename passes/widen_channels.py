@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from onnxq.core import Note
 from onnxq.model import Model, producer, readers, values_of
 from onnxq.passes.costs import rounded_up
+from onnxq.passes.ops import is_constant
 from onnxq.targets import Costs, Target
 
 NAME = "widen_channels"
@@ -121,15 +122,19 @@ class _Net:
         self.units: dict[int, gs.Node] = {}  # integer nodes, by id
         self.source: dict[int, gs.Node] = {}  # tensor id -> the integer node that makes it
         self.tensors: dict[int, gs.Tensor] = {}
-        for quantize in model.nodes("QuantizeLinear"):
-            result = quantize.outputs[0]
-            self.tensors[id(result)] = result
-            if (unit := _unit(model, quantize)) is not None:
-                self.units[id(unit)] = self.source[id(result)] = unit
+        quantizes = [n for n in model.nodes("QuantizeLinear") if _has_one_scale(n)]
+        self.tensors.update((id(t), t) for n in quantizes for t in n.outputs)
         for pool in model.nodes("MaxPool"):
-            if pool.inputs[0].dtype in (np.uint8, np.int8) and len(pool.outputs) == 1:
+            if id(pool.inputs[0]) in self.tensors and len(pool.outputs) == 1:
                 self.units[id(pool)] = self.source[id(pool.outputs[0])] = pool
                 self.tensors[id(pool.outputs[0])] = pool.outputs[0]
+        for quantize in quantizes:
+            unit = _unit(model, quantize)
+            # Through others than dense convolutions channels go one by one: all must be known here.
+            if unit is not None and (
+                _is_dense(unit) or all(id(t) in self.tensors for t in _integers(unit))
+            ):
+                self.units[id(unit)] = self.source[id(quantize.outputs[0])] = unit
 
     def groups(self) -> list[_Group]:
         """All sets of tensors that widen together."""
@@ -269,6 +274,12 @@ class _Net:
                 t.shape = [t.shape[0], width, *t.shape[2:]]
 
 
+def _has_one_scale(quantize: gs.Node) -> bool:
+    """Whether scale and zero point are stated, for all channels alike."""
+    scale = values_of(quantize.inputs[1])
+    return len(quantize.inputs) > 2 and scale is not None and scale.ndim == 0
+
+
 def _unit(model: Model, quantize: gs.Node) -> gs.Node | None:
     """The integer node in front of a QuantizeLinear."""
     tensor = quantize.inputs[0]
@@ -279,15 +290,23 @@ def _unit(model: Model, quantize: gs.Node) -> gs.Node | None:
     if not data or any(t.shape is None or len(t.shape) < 3 for t in (*data, tensor)):
         return None
     if node.op == "Conv":
-        weight = producer(node.inputs[1])
-        if weight is None or weight.op != "DequantizeLinear" or not _is_spread(node):
-            return None
-        return node if values_of(weight.inputs[0]) is not None else None
+        return node if _is_spread(node) and all(map(_can_grow, node.inputs[1:])) else None
     if node.op in UNARY and len(data) == 1:
         return node
-    channels = {t.shape[1] for t in (*data, tensor)}
     is_binary = node.op in BINARY and len(data) == 2
-    return node if is_binary and len(channels) == 1 and channels != {1} else None
+    same = {(len(t.shape), t.shape[1]) for t in (*data, tensor)}
+    return node if is_binary and len(same) == 1 and tensor.shape[1] != 1 else None
+
+
+def _can_grow(tensor: gs.Tensor) -> bool:
+    """Whether a weight or bias is dequantized from constants, with scales of output channels."""
+    dequantize = producer(tensor)
+    if dequantize is None or dequantize.op != "DequantizeLinear":
+        return bool(len(tensor.shape or ()) < 2 and (not tensor.name or is_constant(tensor)))
+    rank, scale = len(tensor.shape or ()), values_of(dequantize.inputs[1])
+    if scale is None or not all(map(is_constant, dequantize.inputs)):
+        return False
+    return scale.ndim == 0 or (scale.ndim == 1 and dequantize.attrs.get("axis", 1) in (0, -rank))
 
 
 def _integers(node: gs.Node) -> list[gs.Tensor]:

@@ -346,6 +346,14 @@ def test_groups_where_the_target_has_them() -> None:
     assert lint.conformance(after, load_target("openvino")).violations
 
 
+def test_what_is_computed_in_floats_has_no_groups() -> None:
+    """Its weights are unpacked at load, with a scale a channel."""
+    aim, before = replace(everything(), grouped=True), model(CONV)
+    formats = {"activations": "a16", "weights": "int4"}
+    grouped = quantized(before, aim, **formats, granularity="group", group_size=4)
+    assert grouped.to_proto() == quantized(before, aim, **formats).to_proto()
+
+
 def test_groups_are_for_few_bits() -> None:
     after = quantized(model(CONV), everything("generic"), granularity="group")
     assert not any("block_size" in n.attrs for n in after.nodes("DequantizeLinear"))

@@ -17,6 +17,7 @@ from onnxq.model import Model
 from onnxq.numerics.metrics import sqnr_db
 from onnxq.passes import QuantizeDynamic, QuantizeStatic, QuantizeWeights, simplify_qdq
 from onnxq.recipes import Recipe, load_recipe, plan
+from onnxq.settings import configured
 from onnxq.targets import load_target, names
 
 MODELS = Path(__file__).parent.parent / "models"
@@ -88,6 +89,17 @@ def test_targets_that_have_none_are_refused_at_once(name: str) -> None:
     kept = [p.name for p in plan(both, target, None).passes]
     assert kept[0] == "quantize_static"
     assert "quantize_dynamic" not in kept
+
+
+def test_layers_that_are_left_to_dynamic_kernels_need_them() -> None:
+    """int8-mixed keeps products from quantize_static; without kernels they would stay floats."""
+    target = load_target("openvino")
+    with pytest.raises(RecipeError, match="at run time: use the recipe int8 with --data, or int8-"):
+        plan(load_recipe("int8-mixed"), target, None)
+    with pytest.raises(RecipeError, match=r"use the recipe int8 with --data$"):  # not int8-weights
+        plan(load_recipe("int8-mixed"), load_target("tensorrt"), None)
+    spared = configured(load_recipe("int8-hybrid"), None, ("op:MatMul=float", "first=float"))
+    assert plan(spared, target, None).passes
 
 
 @pytest.mark.parametrize(

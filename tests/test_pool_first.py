@@ -89,3 +89,15 @@ STAYS = [
 @pytest.mark.parametrize("body", STAYS)
 def test_left_alone(body: str) -> None:
     assert not check(pool_first, graph(body), feeds=FEEDS).notes
+
+
+def test_what_is_outside_of_a_body_stays_there() -> None:
+    branches = (
+        f"then_branch = t () => (float[a, b, c, d] o) {{ p = {POOL}(l) q = QuantizeLinear(p, s, z) "
+        "o = DequantizeLinear(q, s, z) }, "
+        "else_branch = e () => (float[a, b, c, d] u) { u = Identity(x) }"
+    )
+    body = (
+        f"t = Constant<value_int = 1>() k = Cast<to = 9>(t) l = LeakyRelu(x) y = If(k)<{branches}>"
+    )
+    assert not check(pool_first, graph(body), feeds=FEEDS).notes

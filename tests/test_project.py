@@ -19,7 +19,10 @@ SHARED = {
     "ops", "work", "costs", "placement", "ranges", "sensitive", "linear",
     "sizes", "size_algebra", "shape_rules", "value_rules", "activations",
     "formats", "insertion", "float_layers", "encodings", "layouts", "weight_kernels",
-    "importance", "dynamic_costs", "dynamic_layers", "moves", "pairs",
+    "weight_storage", "codebook_encoding", "importance", "dynamic_costs", "dynamic_layers",
+    "moves", "pairs",
+    "halves", "half_storage", "half_forms", "half_rules", "half_ranges", "half_regions",
+    "half_masks",
 }  # fmt: skip
 
 

@@ -126,6 +126,10 @@ PRODUCTS = [
         "y = Gemm<transA = 1>(x, w, b)", "float[32, 8] x", OUT, TURNED, id="Gemm-transA"
     ),
     pytest.param(
+        "h = Reshape(x, r) y = Gemm<transA = 1>(h, w, b)", "float[32, 8] x, int64[k] r", OUT,
+        {"Reshape": 1, **TURNED}, id="Gemm-transA-of-no-known-shape",
+    ),
+    pytest.param(
         "y = Gemm<beta = 0.5>(x, w, z)", f"{ROWS}, float[8, 48] z", OUT,
         {**FUSED, "Mul": 1, "Add": 1}, id="Gemm-input-bias",
     ),
@@ -206,6 +210,38 @@ def test_rows_are_shared_and_keep_the_bias() -> None:
     ops = Counter(n.op for n in after.nodes())
     assert (ops["DynamicQuantizeLinear"], ops["ReduceMax"]) == (1, 1)
     assert sqnr_db(outputs(before)[0], outputs(after)[0]) > 34
+
+
+ATTENTION = (
+    "one = Constant<value_floats = [1.]>() n = LayerNormalization(x, one) "
+    "q = MatMul(n, w) k = MatMul(n, w2) t = Transpose<perm = [1, 0]>(k) s = MatMul(q, t) "
+    "p = Softmax(s) v = MatMul(n, sq) c = MatMul(p, v) "
+)
+EVEN = [
+    pytest.param(ATTENTION + "y = Add(c, n)", 0, id="queries-keys-values"),
+    pytest.param(ATTENTION + "y = MatMul(c, w)", 0, id="averages"),
+    pytest.param(
+        ATTENTION + "zero = Constant<value_ints = [0]>() r = Unsqueeze(c, zero) "
+        "u = MatMul(r, w) y = Squeeze(u, zero)",
+        0, id="averages-in-another-shape",
+    ),
+    pytest.param(ATTENTION + "m = LayerNormalization(c, one) y = MatMul(m, w)", 1, id="one-reads"),
+    pytest.param(ATTENTION + "r = Relu(c) y = MatMul(r, w)", 1, id="not-averages-any-more"),
+    pytest.param("p = MatMul(x, w) q = MatMul(x, w2) y = Add(p, q)", 1, id="not-normalised"),
+    pytest.param(
+        "t = Transpose<perm = [1, 0]>(x) s = MatMul(x, t) c = MatMul(s, x) y = MatMul(c, w)",
+        1, id="no-averages",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("body", "found"), EVEN)
+def test_rows_that_are_even_have_one_range(body: str, found: int) -> None:
+    before = model(body, outputs="float[a, b] y", opset=17)
+    after = Model.from_proto(before.to_proto())
+    assert any(note.changed for note in QuantizeDynamic(eager(), per_row=True)(after))
+    assert len(after.nodes("ReduceMax")) == found
+    assert sqnr_db(outputs(before)[0], outputs(after)[0]) > 22  # up to six products in a row
 
 
 def test_columns_have_no_rows() -> None:

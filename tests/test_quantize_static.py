@@ -18,9 +18,10 @@ from onnxq import runtime
 from onnxq.calibration import load_calibration
 from onnxq.data import Samples, open_samples
 from onnxq.errors import DataError
-from onnxq.model import Model
+from onnxq.model import Model, producer
 from onnxq.numerics.metrics import sqnr_db
 from onnxq.passes import QuantizeStatic, simplify_qdq
+from onnxq.passes.sensitive import graph_rules
 from onnxq.schemes import PerChannel, PerTensor, QuantScheme
 from onnxq.targets import Target, load_target
 
@@ -475,6 +476,34 @@ def test_recurrent_state_stays_float() -> None:
     assert [n.text for n in notes if "recurrent state" in n.text]
 
 
+def test_a_branch_of_its_own_is_no_recurrent_state() -> None:
+    """An input and an output of one shape, and nothing else goes into it."""
+    before = model(
+        "y = Gemm(x, left) k = Gemm(branch, left) z = Gemm(k, left)",
+        "float[4, 8] x, float[4, 8] branch",
+        "float[a, b] y, float[4, 8] z",
+    )
+    after, notes = quantized(before)
+    assert not [n.text for n in notes if "recurrent state" in n.text]
+    assert all(producer(node.inputs[1]) for node in after.nodes("Gemm"))
+
+
+def test_a_state_that_goes_through_bodies_stays_float() -> None:
+    before = model(
+        "c = Cast<to = 9>(flag) y, state2 = If(c)<"
+        "then_branch = t () => (float[a, b] y1, float[4, 8] s1) "
+        "{ h = Gemm(state, left) s1 = Add(h, x) y1 = Gemm(s1, left) }, "
+        "else_branch = e () => (float[a, b] y2, float[4, 8] s2) "
+        "{ k = Gemm(state, left) s2 = Sub(k, x) y2 = Gemm(s2, left) }>",
+        "int64 flag, float[4, 8] x, float[4, 8] state",
+        "float[a, b] y, float[4, 8] state2",
+    )
+    floats = graph_rules(before, {})
+    texts = {n.op: floats[id(n)] for n in before.nodes("Gemm", "Add", "Sub") if id(n) in floats}
+    assert set(texts) == {"Gemm", "Add", "Sub"}
+    assert all("recurrent state" in text for text in texts.values())
+
+
 def test_a_saved_calibration_is_used_again(tmp_path: Path) -> None:
     before = model(f"c = Conv(x, w, b) e = Conv(c, w2) {TAIL}", outputs="float[a, b] y")
     path = tmp_path / "ranges.npz"
@@ -563,6 +592,25 @@ def test_a_second_run_changes_nothing(target: str) -> None:
     twice, notes = quantized(once, target)
     assert not any(note.changed for note in notes)
     assert twice.to_proto() == once.to_proto()
+
+
+def test_weights_of_few_bits_have_closer_ranges() -> None:
+    body = f"c = Conv(x, w, b) e = Conv(c, w2) {TAIL}"
+    before = model(body, outputs="float[a, b] y", opset=21)
+    errors = {}
+    for method in ("minmax", "standardized", "mse", "hqq"):
+        after, _ = quantized(before, "generic", weights="int4", weight_range=method)
+        weights = [
+            (conv.inputs[1].inputs[0].inputs, kept.inputs[1].values)
+            for conv, kept in zip(after.nodes("Conv"), before.nodes("Conv"), strict=True)
+        ]
+        errors[method] = sum(
+            np.square(q.values.astype(np.float32) * s.values.reshape(-1, 1, 1, 1) - w).sum()
+            for (q, s, _), w in weights
+        )
+    assert errors["mse"] < 0.9 * errors["minmax"]
+    assert errors["hqq"] <= errors["mse"]
+    assert errors["standardized"] not in (errors["minmax"], errors["mse"])
 
 
 @pytest.mark.parametrize("method", ["minmax", "percentile", "entropy", "mse", "careful"])

@@ -48,9 +48,11 @@ CASES = {
 }  # fmt: skip
 
 
-def model(body: str, inputs: str, outputs: str, dtype: type = np.float32) -> Model:
+def model(
+    body: str, inputs: str, outputs: str, dtype: type = np.float32, *, opset: int = 17
+) -> Model:
     proto = parser.parse_model(
-        f'<ir_version: 8, opset_import: ["": 17]> g ({inputs}) => ({outputs}) {{ {body} }}'
+        f'<ir_version: 8, opset_import: ["": {opset}]> g ({inputs}) => ({outputs}) {{ {body} }}'
     )
     rng = np.random.default_rng(2)
     for name, shape in SHAPES.items():
@@ -292,7 +294,13 @@ WRONG = [
     pytest.param({"format": "int32"}, "cannot run weights in it", id="int32"),
     pytest.param({"format": "float8e5m2", "symmetric": False}, "no zero point", id="zero-point"),
     pytest.param({"format": "int4", "levels": 17}, "2 to 16 levels", id="levels"),
-    pytest.param({"granularity": "group", "group_size": 0}, "at least one value", id="group"),
+    pytest.param({"granularity": "group", "group_size": 0}, "at least 1, not 0", id="group"),
+    pytest.param({"group_size": -1}, "group_size is at least 1, not -1", id="no-group"),
+    pytest.param({"smallest": 0}, "smallest is at least 1, not 0", id="smallest"),
+    pytest.param({"seed": -1}, "seed is at least 0", id="seed"),
+    pytest.param({"recurrent_group": -1}, "recurrent_group is at least 0", id="recurrent"),
+    pytest.param({"wide_share": 1.5}, "wide_share is from 0 to 1, not 1.5", id="share"),
+    pytest.param({"wide_share": float("nan")}, "wide_share is from 0 to 1", id="NaN"),
 ]
 
 

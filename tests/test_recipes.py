@@ -45,6 +45,8 @@ WRONG = [
     pytest.param('description = "x"\npasses = ["polish"]', "unknown pass 'polish': one of", id="pass"),
     pytest.param('description = "x"\npasses = ["cleanup"]\n[quantize_static]', "not among its passes", id="stray"),
     pytest.param("= 1", "not a recipe", id="no-toml"),
+    pytest.param('description = "x"\npasses = ["raise_opset"]\n[raise_opset]\nversion = 99', "raise_opset: version is from 1 to 2., not 99", id="opset"),
+    pytest.param('description = "x"\npasses = ["quantize_static"]\n[quantize_static]\ngroup_size = 0', "group_size is at least 1", id="group"),
     pytest.param('description = "x"\npasses = ["quantize_weights"]\n[quantize_weights]\nsize = 1', "no option 'size'", id="option"),
     pytest.param('description = "x"\npasses = ["fold_mul"]\n[fold_mul]\nsize = 1', "has no options", id="no-options"),
 ]  # fmt: skip

@@ -67,11 +67,57 @@ def test_of_a_choice_what_takes_all_settings_is_left() -> None:
         assert own == {"first=float"} | {t for o in before for t in o.get("layers", ())}
 
 
+MISTYPED = [
+    ({"weights": 4}, "weights = 4 is not str"),
+    ({"group_size": "32"}, "group_size = '32' is not int"),
+    ({"group_size": True}, "group_size = True is not int"),
+    ({"symmetric": "yes"}, "symmetric = 'yes' is not bool"),
+    ({"granularity": ["group"]}, "granularity = .* is not str"),
+]
+
+
+@pytest.mark.parametrize(("given", "reason"), MISTYPED)
+def test_settings_of_a_wrong_type(given: dict[str, Any], reason: str) -> None:
+    with pytest.raises(RecipeError, match=f"^setting {reason}$"):
+        Settings(**given)
+
+
+@pytest.mark.parametrize("settings", ["int4", {"weights": "int4"}, Settings])
+def test_settings_that_are_none(settings: Any) -> None:
+    with pytest.raises(RecipeError, match=r"settings are a Settings\("):
+        onnxq.optimize(CNN, recipe="int8-weights", settings=settings)
+
+
+def test_layers_are_overrides_or_one() -> None:
+    found = [
+        configured(load_recipe("int8-weights"), None, layers).options["quantize_weights"]["layers"]
+        for layers in ("first=float", ["first=float"])
+    ]
+    assert found[0] == found[1] == ["first=float"]
+    with pytest.raises(RecipeError, match="layers are overrides such as 'op:LSTM=float', not 5"):
+        onnxq.optimize(CNN, recipe="int8-weights", layers=5)  # type: ignore[arg-type]
+
+
+def test_a_choice_is_refused_before_any_work(tmp_path: Path) -> None:
+    """Where none of its recipes can be planned; the first one's reason is enough."""
+    with pytest.raises(RecipeError, match=r"^quantize_static: weights = 'w4' is not one of [^;]*$"):
+        onnxq.optimize(tmp_path / "not.onnx", settings=Settings(weights="w4"))
+
+
+def test_a_dry_run_tells_which_recipes_the_target_cannot_run() -> None:
+    done = run("optimize", CNN, "never.onnx", "--target", "tensorrt", "--dry-run")
+    assert done.exit_code == 0
+    assert "would run int8:" in done.output
+    assert "would run int8-dynamic:" not in done.output
+    assert "int8-dynamic is left out: tensorrt does not quantize" in " ".join(done.output.split())
+
+
 WRONG = [
     ("cleanup", Settings(weights="int4"), (), "no pass that takes --weights: use .*int4-weights"),
     ("int8-weights", Settings(activation_range="mse"), (), "takes --activation-range: use .*int8"),
     ("cleanup", None, ("first=float",), "no pass that takes --layer: use .*int8"),
     ("int8", None, ("first",), "write PATTERN=FORMAT"),
+    ("int8", Settings(group_size=8), (), "--group-size needs --granularity group"),
     ("int8-weights", Settings(group_size=8), (), "--group-size needs --granularity group"),
     ("int4-weights", Settings(granularity="channel", group_size=8), (), "needs --granularity"),
 ]

@@ -123,6 +123,12 @@ WIDENED = [
               outputs="float[a, b, c, d] y, float[e, g, h, i] f", w=(16, 3, 3, 3)),
         {"e": (16, 4, 3, 3)}, {"Pad": 1}, id="input-also-used-elsewhere",
     ),
+    pytest.param(
+        model(f"{pair('x')} t = Transpose<perm = [0, 1, 3, 2]>(xq) td = DequantizeLinear(t, s, z) "
+              f"a = Add(td, xd) {pair('a')} {conv('e', 'ad', 'w')} {pair('e')} y = Identity(ed)",
+              3, w=(16, 3, 3, 3)),
+        {"e": (16, 4, 3, 3)}, {"Pad": 1}, id="behind-integers-that-were-moved",
+    ),
 ]  # fmt: skip
 
 
@@ -170,6 +176,61 @@ LEFT = [
 def test_left_alone(shape: tuple[int, ...], channels: int, size: str) -> None:
     body = f"{pair('x')} {conv('e', 'xd', 'w')} {pair('e')} y = Identity(ed)"
     assert not WidenChannels(TARGET)(model(body, channels, size, w=shape))
+
+
+CONV = conv("e", "xd", "w")
+POOL = "p = MaxPool<kernel_shape = [2, 2]>({}) pd = DequantizeLinear(p, s, z) "
+FOREIGN = [
+    pytest.param(
+        f"t = Transpose<perm = [0, 1, 3, 2]>(xq) {POOL.format('t')} {conv('e', 'pd', 'w')}",
+        id="pooled-after-what-is-not-known",
+    ),
+    pytest.param(
+        "o = Constant<value = float[3] {0.05, 0.04, 0.03}>() "
+        "oz = Constant<value = uint8[3] {1, 2, 3}>() nq = QuantizeLinear<axis = 1>(x, o, oz) "
+        f"nd = DequantizeLinear<axis = 1>(nq, o, oz) {conv('e', 'nd', 'w')}",
+        id="scales-of-channels",
+    ),
+    pytest.param(
+        f"nq = QuantizeLinear(x, s) nd = DequantizeLinear(nq, s) {conv('e', 'nd', 'w')}",
+        id="no-zero-point",
+    ),
+    pytest.param(
+        "o = Constant<value = float[3] {0.01, 0.02, 0.03}>() "
+        "oz = Constant<value = int8[3] {0, 0, 0}>() wd = DequantizeLinear<axis = 1>(w, o, oz) "
+        "e = Conv<pads = [1, 1, 1, 1]>(xd, wd)",
+        id="a-weight-with-scales-of-inputs",
+    ),
+    pytest.param(
+        f"r = ReduceMean<axes = [0, 1, 2, 3], keepdims = 0>(x) n = Constant<value_ints = [16]>() "
+        f"b = Expand(r, n) {CONV.replace('wbd = DequantizeLinear<axis = 0>(wb, wbs, wbz) ', '')}"
+        .replace("xd, wd, wbd", "xd, wd, b"),
+        id="a-bias-of-the-run",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("body", FOREIGN)
+def test_channels_that_cannot_all_be_widened_are_left_alone(body: str) -> None:
+    """What other tools write in Q/DQ form, and data movement on integers."""
+    text = body if "nq =" in body else f"{pair('x')} {body}"
+    before = model(f"{text} {pair('e')} y = Identity(ed)", 3, w=(16, 3, 3, 3))
+    outputs(before, "off")
+    assert not WidenChannels(TARGET)(before)
+
+
+def test_operands_of_other_ranks_do_not_widen() -> None:
+    """The second axis of the one are channels, of the other rows."""
+    body = (
+        f"{pair('x')} {conv('m', 'xd', 'w')} {pair('m')} r = ReduceMax<axes = [0], keepdims = 0>(x)"
+        f" rq = QuantizeLinear(r, s, z) rd = DequantizeLinear(rq, s, z) a = Add(md, rd) {pair('a')}"
+        f" {conv('e', 'ad', 'v')} {pair('e')} y = Identity(ed)"
+    )
+    before = model(body, 6, "6, 900", large=99_000, w=(6, 6, 3, 3), v=(16, 6, 3, 3))
+    after = before.copy()
+    WidenChannels(TARGET)(after)
+    for one, two in zip(outputs(before, "off"), outputs(after, "off"), strict=True):
+        np.testing.assert_array_equal(one, two)
 
 
 def test_float_convolutions_are_left_alone() -> None:

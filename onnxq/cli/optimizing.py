@@ -73,6 +73,11 @@ if TYPE_CHECKING:
 @click.option(
     "--allow-unchanged", is_flag=True, help="Write the model even if nothing was quantized."
 )
+@click.option(
+    "--requantize", is_flag=True,
+    help="Recover floats from a model that is quantized already, and begin with them; ranges of "
+    "activations are kept unless there is --data.",
+)  # fmt: skip
 @setting_options
 @image_options
 @output_options
@@ -95,6 +100,7 @@ def optimize(
     dry_run: bool,
     validate: bool | None,
     allow_unchanged: bool,
+    requantize: bool,
     json_file: str | None,
     quiet: bool,
 ) -> None:
@@ -107,13 +113,14 @@ def optimize(
     onnxq optimize model.onnx small.onnx --data samples.npz --layer first=float --layer last=int16
     onnxq optimize model.onnx micro.onnx --data samples.npz --integer-io int8 --header
     onnxq optimize model.onnx clean.onnx --recipe cleanup
+    onnxq optimize int8.onnx small.onnx --requantize --recipe int4-weights
     """
     if dry_run:
         from onnxq.preview import preview
 
         found = preview(
             model, data=data, images=images, recipe=recipe, target=target, settings=settings,
-            layers=layers, integer_io=integer_io,
+            layers=layers, integer_io=integer_io, requantize=requantize,
         )  # fmt: skip
         show(found, json_file, quiet=quiet)
         return
@@ -124,7 +131,7 @@ def optimize(
             model, output, data=data, images=images, recipe=recipe, target=target,
             settings=settings, layers=layers, integer_io=integer_io, header=header,
             calibration=calibration, objective=objective, min_sqnr=min_sqnr, validate=validate,
-            allow_unchanged=allow_unchanged, progress=progress,
+            allow_unchanged=allow_unchanged, requantize=requantize, progress=progress,
         )  # fmt: skip
     if save_plan is not None:
         write_text(save_plan, report.plan.to_toml())

@@ -19,6 +19,8 @@ from onnxq.plugins import find_pass
 from onnxq.targets import Target
 
 HERE = Path(__file__).parent
+NARROWING = ("quantize", "convert_float16")
+"""What the names begin with of passes that write values in fewer bits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +43,8 @@ class Recipe:
 
     @property
     def is_quantizing(self) -> bool:
-        """Whether one of its passes quantizes."""
-        return any(name.startswith("quantize") for name in self.passes)
+        """Whether one of its passes quantizes, or rounds to 16-bit floats."""
+        return any(name.startswith(NARROWING) for name in self.passes)
 
     def to_toml(self) -> str:
         """The recipe as a file that `load_recipe` reads; options left at their default commented.
@@ -154,7 +156,8 @@ def plan(
 
     A pass may say by `opset` which version of the operators it writes: raise_opset goes as far. And
     by `unfit` why the target can do nothing with what it writes: it is left out beside other passes
-    that quantize, as quantize_dynamic is where the target has no kernels for it.
+    that quantize, as quantize_dynamic is where the target has no kernels for it and other passes
+    take its layers.
 
     Raises RecipeError for an option that a pass does not have or cannot take, and for a target that
     can do nothing with any of it.
@@ -174,14 +177,48 @@ def plan(
 
     passes = {name: built(name) for name in recipe.passes}
     unfit = {n: why for n, p in passes.items() if (why := getattr(p, "unfit", None)) is not None}
-    if "quantize_dynamic" in unfit and "quantize_static" not in passes:
-        raise RecipeError(unfit["quantize_dynamic"])  # weights alone are not what was asked for
-    if unfit and all(n in unfit for n in passes if n.startswith("quantize")):
+    if "quantize_dynamic" in unfit and _counts_on_dynamic(recipe):
+        raise RecipeError(unfit["quantize_dynamic"])
+    if unfit and all(n in unfit for n in passes if n.startswith(NARROWING)):
         raise RecipeError(next(iter(unfit.values())))
     kept = [n for n in recipe.passes if n not in unfit]
     needed = max([target.opset, *(getattr(passes[n], "opset", 0) for n in kept)])
     context["version"] = min(needed, target.max_opset or needed)
     return Pipeline(recipe.name, tuple(built(n) for n in kept))
+
+
+def plans(
+    recipe: Recipe, target: Target, samples: Samples | None
+) -> dict[str, Pipeline | RecipeError]:
+    """The plan of each recipe that is tried, or why there is none.
+
+    Raises RecipeError, the first one, where there is none at all.
+    """
+    found: dict[str, Pipeline | RecipeError] = {}
+    for one in recipe.candidates:
+        try:
+            found[one.name] = plan(one, target, samples)
+        except RecipeError as e:
+            found[one.name] = e
+    errors = [e for e in found.values() if isinstance(e, RecipeError)]
+    if len(errors) == len(found):
+        raise errors[0]
+    return found
+
+
+def _counts_on_dynamic(recipe: Recipe) -> bool:
+    """Whether there are layers that quantize_dynamic alone is for.
+
+    All where nothing else quantizes activations; else those that only quantize_static leaves alone
+    (int8-mixed). What nobody is to quantize is an override of both.
+    """
+    if "quantize_static" not in recipe.passes:
+        return True
+    static, dynamic = (
+        recipe.options.get(name, {}).get("layers", ())
+        for name in ("quantize_static", "quantize_dynamic")
+    )
+    return any(layer.endswith("=float") and layer not in dynamic for layer in static)
 
 
 def _input_shapes(samples: Samples | None) -> dict[str, tuple[int, ...]] | None:

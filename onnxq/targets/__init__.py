@@ -13,6 +13,7 @@ from onnxq.errors import RecipeError, meant
 from onnxq.options import fits, type_text
 from onnxq.schemes import FORMATS, PerChannel, PerTensor, QuantScheme
 from onnxq.targets.dynamic import DynamicRule, dynamic_rule
+from onnxq.targets.halves import HalfRule, half_rules
 
 HERE = Path(__file__).parent
 
@@ -136,7 +137,8 @@ class Target:
     what helps). file_format: what is written beside the .onnx. machines: on which ONNX Runtime's
     CPU times are the target's own. Without costs, every operator that can run in integers does.
     dynamic: operators that it runs with activations quantized at run time, see
-    `onnxq.targets.dynamic`.
+    `onnxq.targets.dynamic`. halves: how it takes float16 and bfloat16; without a word on one, that
+    is stored, if constants are computed at load.
 
     sources: where each fact is from, by its name here; an operator without a source of its own has
     that of "operators".
@@ -171,6 +173,7 @@ class Target:
     machines: tuple[str, ...] = ()
     costs: Costs | None = None
     dynamic: Mapping[str, DynamicRule] = field(default_factory=dict)
+    halves: Mapping[str, HalfRule] = field(default_factory=dict)
     sources: Mapping[str, str] = field(default_factory=dict)
 
     def weights_of(self, op: str) -> QuantScheme:
@@ -280,6 +283,8 @@ def _target(name: str, table: dict[str, Any]) -> Target:
         raise ValueError("saturates is a matter of symmetric int8 weights")
     if "dynamic" in table:
         table["dynamic"] = {op: dynamic_rule(op, row) for op, row in table["dynamic"].items()}
+    if "halves" in table:
+        table["halves"] = half_rules(table["halves"])
     if "costs" in table:
         table["costs"] = _costs(table["costs"])
     if "weight_kernels" in table:

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 from onnxq.report import SCHEMA, print_rows, to_json
 from onnxq.schemes import PerChannel, QuantScheme
 from onnxq.targets import OpRule, Target, WeightKernels, load_target, names
+from onnxq.targets.halves import HalfRule
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-UNSAID = ("name", "description", "operators", "costs", "dynamic", "sources")
+UNSAID = ("name", "description", "operators", "costs", "dynamic", "halves", "sources")
 ALWAYS = ("bias", "opset")  # said even where they are what most targets have
 
 
@@ -88,11 +89,24 @@ def describe_target(name: str) -> TargetFacts:
         )
         or "none: activations are not quantized at run time"
     )
+    facts["halves"] = (
+        ", ".join(f"{name} ({_half(rule)})" for name, rule in target.halves.items()) or "stored"
+        if target.stored_weights or target.halves
+        else "none"
+    )
     facts["costs"] = "measured" if target.costs else "none: all that can runs in integers"
     operators = {op: _rule(rule, target) for op, rule in target.operators.items()}
     sources = dict(target.sources)
     sources |= {op: rule.source for op, rule in target.operators.items() if rule.source}
     return TargetFacts(target.name, target.description, facts, operators, sources)
+
+
+def _half(rule: HalfRule) -> str:
+    words = ["computed in" if rule.encoding == "compute" else "stored"]
+    if rule.operators is not None:
+        words.append(f"operators: {' '.join(rule.operators)}")
+    words += [f"not {' '.join(rule.lacks)}"] * bool(rule.lacks)
+    return "; ".join(words)
 
 
 def _said(value: Any) -> str:

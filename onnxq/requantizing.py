@@ -1,0 +1,66 @@
+"""Models that are quantized already: recover their floats, or say that they are left alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from onnxq.core import Note
+from onnxq.errors import BudgetError
+from onnxq.job import Job
+from onnxq.model import Model
+from onnxq.passes.dequantize_model import DequantizeModel
+from onnxq.passes.packed_weights import stored_weights
+
+UNLIKE = (
+    "it was compared on synthetic samples, which leave the ranges that the quantized model cuts "
+    "values off at: give --data"
+)
+
+
+@contextmanager
+def blames_noise(hint: str | None) -> Iterator[None]:
+    """Say beside a missed budget what it was measured on; None: nothing to say."""
+    try:
+        yield
+    except BudgetError as e:
+        if hint is None or "nothing was quantized" in str(e):
+            raise
+        raise BudgetError(f"{e}; {hint}") from e
+
+
+def recover(model: Model, job: Job, *, ranges: bool) -> Sequence[Note]:
+    """Recover floats in place; a warning for what could not be, or if there was nothing to do.
+
+    ranges: keep those of activations.
+    """
+    with job.stage("load"):
+        model.inline_functions()
+    notes = job.run(DequantizeModel(ranges=ranges), model)
+    declined = [note for note in notes if not note.changed]
+    if not any(note.changed for note in notes):
+        job.warnings.append("--requantize: nothing in the model is quantized")
+    elif declined:
+        first = declined[0]
+        job.warnings.append(
+            f"--requantize: {len(declined)} nodes stay as they are ({first.node}: {first.text})"
+        )
+    return notes
+
+
+def left_alone(model: Model) -> list[str]:
+    """A warning where a part of the model is quantized already: nothing is done to that."""
+    every = [stands for _, _, stands in stored_weights(model)]
+    found = Counter(
+        f"{stands.numbers.dtype if stands.bits is None else f'uint{stands.bits}'} {stands.form}"
+        for stands in every
+        if stands.form != "float"
+    )
+    if not found:
+        return []
+    listed = ", ".join(f"{count} {form}" for form, count in found.most_common(3))
+    return [
+        f"{found.total()} of {len(every)} weights are quantized already and stay as they are "
+        f"({listed}): --requantize recovers floats from them and starts over"
+    ]
