@@ -136,15 +136,50 @@ def with_float_inputs(model: Model) -> Model:
     if not ports:
         return model
     seen = model.copy()
-    for place, tensor in enumerate(seen.graph.inputs):
+    _float_inputs(seen, ports)
+    return seen
+
+
+def _float_inputs(model: Model, ports: Mapping[str, Port]) -> None:
+    for place, tensor in enumerate(model.graph.inputs):
         if (port := ports.get(tensor.name)) is None:
             continue
         real = gs.Variable(tensor.name, np.dtype(np.float32), tensor.shape)
-        tensor.name = seen.unique(f"{tensor.name}_q")
-        made = seen.emit("QuantizeLinear", real, *constants(seen, port.affine, real.name), name="q")
+        tensor.name = model.unique(f"{tensor.name}_q")
+        made = model.emit(
+            "QuantizeLinear", real, *constants(model, port.affine, real.name), name="q"
+        )
         made.inputs[0].outputs[0] = tensor
-        seen.graph.inputs[place] = real
-    return seen
+        model.graph.inputs[place] = real
+
+
+def restore_floats(model: Model) -> list[str]:
+    """Give the model its float interface back, in place; the names of what is float again.
+
+    QuantizeLinear behind integer inputs and DequantizeLinear behind integer outputs, as their
+    metadata tell, which go.
+    """
+    ports = ports_of(model)
+    if not ports:
+        return []
+    _float_inputs(model, {name: port for name, port in ports.items() if port.role == "input"})
+    for place, tensor in enumerate(model.graph.outputs):
+        if (port := ports.get(tensor.name)) is None or port.role == "input":
+            continue
+        name = tensor.name
+        tensor.name = model.unique(f"{name}_q")
+        real = model.emit(
+            "DequantizeLinear", tensor, *constants(model, port.affine, name), name=f"{name}_dq",
+            dtype=np.dtype(np.float32), shape=tensor.shape,
+        )  # fmt: skip
+        real.name = name
+        model.graph.outputs[place] = real
+    entries = model.envelope.metadata_props
+    kept = [(e.key, e.value) for e in entries if e.key.removeprefix(PREFIX) not in ports]
+    del entries[:]
+    for key, value in kept:
+        entries.add(key=key, value=value)
+    return list(ports)
 
 
 def constants(model: Model, affine: Affine, name: str) -> tuple[gs.Constant, gs.Constant]:

@@ -12,6 +12,7 @@ from onnxq.job import Job
 from onnxq.model import Model
 from onnxq.passes.dequantize_model import DequantizeModel
 from onnxq.passes.packed_weights import stored_weights
+from onnxq.ports import restore_floats
 
 UNLIKE = (
     "it was compared on synthetic samples, which leave the ranges that the quantized model cuts "
@@ -37,6 +38,7 @@ def recover(model: Model, job: Job, *, ranges: bool) -> Sequence[Note]:
     """
     with job.stage("load"):
         model.inline_functions()
+        restore_floats(model)  # of an integer interface
     notes = job.run(DequantizeModel(ranges=ranges), model)
     declined = [note for note in notes if not note.changed]
     if not any(note.changed for note in notes):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from click.testing import CliRunner, Result
 from onnx import parser
@@ -26,7 +27,7 @@ from onnxq.errors import BudgetError, ModelError, RecipeError
 from onnxq.interfaces import coarse, require_integers, with_integer_io
 from onnxq.model import Model
 from onnxq.passes import IntegerIo
-from onnxq.ports import Affine, Terminal, ports_of, with_float_inputs
+from onnxq.ports import Affine, Terminal, ports_of, restore_floats, with_float_inputs
 from onnxq.recipes import load_recipe
 from onnxq.validation import Fidelity, OutputFidelity, compare
 
@@ -144,6 +145,33 @@ def test_a_second_run_leaves_the_interface_alone(
                "--integer-io", "--allow-unchanged", "--no-validate")  # fmt: skip
     assert done.exit_code == 0, done.output
     assert ports_of(Model.load(tmp_path / "b.onnx")) == ports_of(Model.load(made[0]))
+
+
+def test_floats_come_back_where_integers_were_opened() -> None:
+    floats = parser.parse_model(PAIRS)
+    model = Model.from_proto(floats)
+    model.envelope.metadata_props.add(key="other", value="kept")
+    IntegerIo()(model)
+    assert restore_floats(model) == ["x", "y"]
+    assert [e.key for e in model.envelope.metadata_props] == ["other"]
+    assert restore_floats(model) == []
+    proto = model.to_proto()
+    onnx.checker.check_model(proto, full_check=True)
+    feed = {"x": np.array([[-1.04, 0.0, 0.26, 3.0]], np.float32), "ids": np.array([7])}
+    (want, _), (got, _) = (runtime.session(p).run(None, feed) for p in (floats, proto))
+    np.testing.assert_array_equal(got, want)
+
+
+def test_requantizing_starts_from_a_float_interface(
+    made: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    report = onnxq.optimize(made[0], tmp_path / "out.onnx", data=DATA, recipe="int8",
+                            requantize=True)  # fmt: skip
+    assert report.fidelity is not None
+    assert report.fidelity.sqnr_db > 30
+    again = Model.load(tmp_path / "out.onnx")
+    assert [str(np.dtype(t.dtype)) for t in again.graph.inputs] == ["float32"]
+    assert not ports_of(again)
 
 
 def test_auto_chooses_among_those_with_fixed_ranges(tmp_path: Path) -> None:
