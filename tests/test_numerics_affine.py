@@ -115,6 +115,20 @@ def test_any_finite_range_has_sound_parameters(
         assert abs(error) <= float(scale) * (1 + 2.0**-5)
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("power_of_two", [True, False])
+def test_two_levels_and_the_greatest_floats_have_finite_scales(
+    symmetric: bool, power_of_two: bool
+) -> None:
+    for greatest in (1.5, float(np.finfo(np.float32).max)):
+        scale, _ = affine_params(
+            -greatest, greatest, qmin=-1, qmax=0, dtype=np.int8, symmetric=symmetric,
+            power_of_two=power_of_two,
+        )  # fmt: skip
+        assert np.isfinite(scale)
+        assert float(scale) >= min(greatest, 2.0**127)
+
+
 def test_constants_are_represented() -> None:
     for c in np.array([3.0, -0.7, 1e-20, 1e30], np.float32):
         scale, zp = affine_params(c, c, qmin=0, qmax=255, dtype="uint8", symmetric=False)

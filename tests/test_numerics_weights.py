@@ -232,6 +232,17 @@ def test_what_is_not_finite_is_refused(method: Method, bad: float) -> None:
             quantize_weight(w, QuantScheme("int4", grain), None, method, importance=np.ones(1))
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("format", ["int8", "uint4", "float8e4m3fn"])
+def test_channels_of_any_size_overflow_nothing(format: str, method: Method) -> None:
+    """Warnings are errors here: of dead channels as little comes as of large ones."""
+    rows = RNG.normal(0, 1, (40, 3)) * np.exp2(np.linspace(-120, 60, 40))[:, None]
+    w = rows.astype(np.float32)
+    scheme = QuantScheme(format, PerChannel(0), symmetric=format != "uint4")
+    _, params = quantize_weight(w, scheme, method=method, importance=np.ones((1, 3)))
+    assert np.isfinite(params.scale).all()
+
+
 def test_dead_channels_are_lifted() -> None:
     w = np.array([[1, -2], [1e-30, 0], [0, 0]], np.float32)
     for method in METHODS:

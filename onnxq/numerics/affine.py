@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 from onnxq.numerics.grids import SMALLEST_SCALE, Grid
 from onnxq.numerics.grouping import Layout, Rows
 
+GREATEST = np.finfo(np.float32).max
 EXACT = 2  # bytes of integers that float32 holds exactly, with their differences
 
 
@@ -104,7 +105,7 @@ def affine_params(
 
     An all-zero range gets scale 1.0 and represents 0 exactly; a constant range [c, c] becomes
     [0, c], so c is the end of the grid. A scale is never subnormal: tiny ranges get the smallest
-    normal float32. `weights.fit_weight` lifts dead channels relative to live ones.
+    normal float32, nor infinite. `weights.fit_weight` lifts dead channels relative to live ones.
 
     power_of_two: the scale is the next 2^k that is not smaller, the zero point is that scale's.
 
@@ -117,8 +118,10 @@ def affine_params(
         raise ValueError("a range needs lo <= hi")
     low, high = np.minimum(low, 0), np.maximum(high, 0)  # 0.0 must be exactly representable
     middle = (qmin + qmax + 1) // 2
-    span = np.maximum(-low, high) / (qmax - middle) if symmetric else (high - low) / (qmax - qmin)
-    scale = np.where(span == 0, 1.0, np.maximum(span, SMALLEST_SCALE)).astype(np.float32)
+    steps = max(qmax - middle, 1) if symmetric else qmax - qmin  # two levels: none is above
+    span = (np.maximum(-low, high) if symmetric else high - low) / steps
+    bounded = np.clip(span, SMALLEST_SCALE, GREATEST)
+    scale = np.where(span == 0, 1.0, bounded).astype(np.float32)
     if power_of_two:
         scale = next_power_of_two(scale)
     if symmetric:
@@ -128,6 +131,7 @@ def affine_params(
 
 
 def next_power_of_two(x: ArrayLike) -> NDArray[np.float32]:
-    """Return the least powers of two that are not below x (positive), as float32."""
+    """Return the least powers of two that are not below x (positive), as float32; 2^127 at most."""
     fraction, exponent = np.frexp(np.asarray(x, np.float32))
-    return np.asarray(np.ldexp(np.float32(1), exponent - (fraction == 0.5)), np.float32)
+    exponent = np.minimum(exponent - (fraction == 0.5), 127)
+    return np.asarray(np.ldexp(np.float32(1), exponent), np.float32)

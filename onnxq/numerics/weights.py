@@ -67,7 +67,7 @@ def fit_weight(
             if method == "minmax" or fixed.all():
                 fit = cover
             else:
-                problem = _problem(grid, rows, (view, weights), extremes, cover)
+                problem = _problem(grid, rows, (view, weights), extremes, cover, fixed)
                 found = METHODS[method](problem)
                 fit = cover.where(fixed, Fit(_bounded(found.scale / problem.factor), found.zero))
             rows.put(s, fit.scale)
@@ -120,11 +120,14 @@ def _problem(
     views: tuple[NDArray[Any], Values | None],
     extremes: tuple[Values, Values],
     cover: Fit,
+    fixed: NDArray[np.bool_],
 ) -> Problem:
     low, high = extremes
     exponent = np.clip(np.frexp(np.maximum(-low, high))[1], -126, 126)
     factor = np.ldexp(np.float32(1), -exponent)
-    start = Fit(cover.scale * factor, cover.zero)
+    # Those that are fixed have scales of another size than theirs: far from 1, they overflow.
+    one = np.ones_like(factor)
+    start = Fit(np.where(fixed, one, cover.scale) * np.where(fixed, one, factor), cover.zero)
     return Problem(grid, rows, *views, factor, low * factor, high * factor, start).kept()
 
 
