@@ -1,21 +1,18 @@
 from __future__ import annotations
 
 import tracemalloc
-from itertools import combinations, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 import onnx
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from onnxq.codebooks import CodebookScheme, Codes, Kind, fit_codebook
 from onnxq.numerics.codebooks import NF4, Nearest, exponential, geometric, logarithmic
-from onnxq.numerics.kmeans import Points, clusters, squared_error
 from onnxq.numerics.metrics import sqnr_db
 from onnxq.schemes import (
     Granularity,
@@ -179,66 +176,6 @@ def test_exponential_contains_linear_and_bends() -> None:
     for book in bent:
         assert (np.diff(book, 2)[8:] > 0).all()
         assert np.allclose(book[:7], -book[8:15][::-1])
-
-
-# ---- k-means
-
-
-def best_by_trying(x: NDArray[Any], mass: NDArray[Any], entries: int, *, zero: bool) -> float:
-    """The least squared error of all divisions into intervals; zero: one of them is put on 0."""
-    least = np.inf
-    for parts in range(1, min(entries, len(x)) + 1):
-        for cut in combinations(range(1, len(x)), parts - 1):
-            own, on_zero = [], []
-            for a, b in pairwise([0, *cut, len(x)]):
-                mean = np.average(x[a:b], weights=mass[a:b])
-                own.append(mass[a:b] @ (x[a:b] - mean) ** 2)
-                on_zero.append(mass[a:b] @ x[a:b] ** 2)
-            total = sum(own)
-            if zero and parts == entries:
-                total = min(total - a + b for a, b in zip(own, on_zero, strict=True))
-            least = min(least, total)
-    return float(least)
-
-
-@given(
-    st.dictionaries(st.integers(-30, 30), st.floats(0.01, 10), min_size=1, max_size=9),
-    st.integers(1, 5),
-    st.booleans(),
-)
-@settings(deadline=None, derandomize=True, max_examples=150)
-def test_clusters_are_optimal(weights: dict[int, float], entries: int, zero: bool) -> None:
-    x = np.array(sorted(weights), np.float64)
-    mass = np.array([weights[int(v)] for v in x])
-    centres = clusters(Points(x, mass), entries, hold_zero=zero)
-    assert 1 <= len(centres) <= entries
-    assert not zero or 0 in centres
-    best = best_by_trying(x, mass, entries, zero=zero)
-    assert squared_error(Points(x, mass), centres) == pytest.approx(best, rel=1e-9, abs=1e-9)
-
-
-@pytest.mark.parametrize(
-    ("entries", "known"), [(2, 0.3634), (4, 0.1175), (8, 0.03454), (16, 0.009497)]
-)
-def test_normal_values_reach_the_known_least_errors(entries: int, known: float) -> None:
-    """Max, "Quantizing for minimum distortion", 1960, table I."""
-    x = np.linspace(-6, 6, 100_001)
-    mass = np.exp(-(x**2) / 2)
-    points = Points(x, mass / mass.sum())
-    assert squared_error(points, clusters(points, entries)) == pytest.approx(known, rel=2e-3)
-
-
-def test_many_points_are_merged_without_loss_to_speak_of() -> None:
-    rng = np.random.default_rng(4)
-    x = np.unique(np.concatenate([rng.standard_normal(1500), [40.0, -90.0], 30 + rng.random(40)]))
-    points = Points(x, rng.random(len(x)) + 0.1)
-    centres = clusters(points, 8)
-    scale = len(x) / len(np.unique(np.round(x, 3)))
-    assert scale >= 1
-    for _ in range(20):  # no other start of Lloyd's comes below
-        start = np.sort(rng.choice(x, 8, replace=False))
-        assert squared_error(points, start) >= squared_error(points, centres)
-    assert squared_error(points, centres) <= 1.001 * squared_error(points, clusters(points, 7))
 
 
 def test_pruned_weights_keep_their_zeros() -> None:
