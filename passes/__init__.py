@@ -30,9 +30,11 @@ from onnxq.passes.quantize_dynamic import QuantizeDynamic
 from onnxq.passes.quantize_static import QuantizeStatic
 from onnxq.passes.quantize_weights import QuantizeWeights
 from onnxq.passes.raise_opset import RaiseOpset
+from onnxq.passes.read_last_state import read_last_state
 from onnxq.passes.share_initializers import share_initializers
 from onnxq.passes.share_nodes import share_nodes
 from onnxq.passes.simplify_qdq import SimplifyQdq, simplify_qdq
+from onnxq.passes.split_units import split_units
 from onnxq.passes.widen_channels import WidenChannels
 
 # All float-preserving passes until nothing changes.
@@ -41,7 +43,8 @@ cleanup = Fixpoint(
         "cleanup",
         (
             fold_constants, drop_noops, fold_shapes, inline_if, merge_slices, share_nodes, fold_pad,
-            drop_traces, drop_zero_states, cancel_transposes, merge_reshapes, fuse_normalisations,
+            drop_traces, drop_zero_states, cancel_transposes, merge_reshapes, split_units,
+            read_last_state, fuse_normalisations,
             fuse_activations, fold_batchnorm, fold_mul, fold_add, drop_dead_nodes,
             share_initializers,
         ),
@@ -76,9 +79,11 @@ PASSES: dict[str, Pass | type[Any]] = {
     "quantize_static": QuantizeStatic,
     "quantize_weights": QuantizeWeights,
     "raise_opset": RaiseOpset,
+    "read_last_state": read_last_state,
     "share_initializers": share_initializers,
     "share_nodes": share_nodes,
     "simplify_qdq": SimplifyQdq,
+    "split_units": split_units,
     "widen_channels": WidenChannels,
 }
 
@@ -112,7 +117,9 @@ __all__ = [
     "merge_slices",
     "name_sizes",
     "pool_first",
+    "read_last_state",
     "share_initializers",
     "share_nodes",
     "simplify_qdq",
+    "split_units",
 ]
