@@ -15,6 +15,7 @@ from onnxq.passes.fill_blocks import FillBlocks
 from onnxq.passes.fold_add import fold_add
 from onnxq.passes.fold_batchnorm import fold_batchnorm
 from onnxq.passes.fold_constants import fold_constants
+from onnxq.passes.fold_focus import fold_focus
 from onnxq.passes.fold_mul import fold_mul
 from onnxq.passes.fold_pad import fold_pad
 from onnxq.passes.fold_shapes import fold_shapes
@@ -45,7 +46,7 @@ cleanup = Fixpoint(
             fold_constants, drop_noops, fold_shapes, inline_if, merge_slices, share_nodes, fold_pad,
             drop_traces, drop_zero_states, cancel_transposes, merge_reshapes, split_units,
             read_last_state, fuse_normalisations,
-            fuse_activations, fold_batchnorm, fold_mul, fold_add, drop_dead_nodes,
+            fuse_activations, fold_batchnorm, fold_mul, fold_add, fold_focus, drop_dead_nodes,
             share_initializers,
         ),
     )
@@ -64,6 +65,7 @@ PASSES: dict[str, Pass | type[Any]] = {
     "fold_add": fold_add,
     "fold_batchnorm": fold_batchnorm,
     "fold_constants": fold_constants,
+    "fold_focus": fold_focus,
     "fold_mul": fold_mul,
     "fold_pad": fold_pad,
     "fold_shapes": fold_shapes,
@@ -106,6 +108,7 @@ __all__ = [
     "fold_add",
     "fold_batchnorm",
     "fold_constants",
+    "fold_focus",
     "fold_mul",
     "fold_pad",
     "fold_shapes",
