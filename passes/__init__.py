@@ -17,6 +17,7 @@ from onnxq.passes.fill_blocks import FillBlocks
 from onnxq.passes.fold_add import fold_add
 from onnxq.passes.fold_batchnorm import fold_batchnorm
 from onnxq.passes.fold_constants import fold_constants
+from onnxq.passes.fold_focus import fold_focus
 from onnxq.passes.fold_mul import fold_mul
 from onnxq.passes.fold_pad import fold_pad
 from onnxq.passes.fold_shapes import fold_shapes
@@ -34,9 +35,11 @@ from onnxq.passes.quantize_dynamic import QuantizeDynamic
 from onnxq.passes.quantize_static import QuantizeStatic
 from onnxq.passes.quantize_weights import QuantizeWeights
 from onnxq.passes.raise_opset import RaiseOpset
+from onnxq.passes.read_last_state import read_last_state
 from onnxq.passes.share_initializers import share_initializers
 from onnxq.passes.share_nodes import share_nodes
 from onnxq.passes.simplify_qdq import SimplifyQdq, simplify_qdq
+from onnxq.passes.split_units import split_units
 from onnxq.passes.widen_channels import WidenChannels
 
 # All float-preserving passes until nothing changes.
@@ -45,8 +48,9 @@ cleanup = Fixpoint(
         "cleanup",
         (
             fold_constants, drop_noops, fold_shapes, inline_if, merge_slices, share_nodes, fold_pad,
-            drop_traces, drop_zero_states, cancel_transposes, merge_reshapes, fuse_normalisations,
-            fuse_activations, fold_batchnorm, fold_mul, fold_add, drop_dead_nodes,
+            drop_traces, drop_zero_states, cancel_transposes, merge_reshapes, split_units,
+            read_last_state, fuse_normalisations,
+            fuse_activations, fold_batchnorm, fold_mul, fold_add, fold_focus, drop_dead_nodes,
             share_initializers,
         ),
     )
@@ -67,6 +71,7 @@ PASSES: dict[str, Pass | type[Any]] = {
     "fold_add": fold_add,
     "fold_batchnorm": fold_batchnorm,
     "fold_constants": fold_constants,
+    "fold_focus": fold_focus,
     "fold_mul": fold_mul,
     "fold_pad": fold_pad,
     "fold_shapes": fold_shapes,
@@ -84,9 +89,11 @@ PASSES: dict[str, Pass | type[Any]] = {
     "quantize_static": QuantizeStatic,
     "quantize_weights": QuantizeWeights,
     "raise_opset": RaiseOpset,
+    "read_last_state": read_last_state,
     "share_initializers": share_initializers,
     "share_nodes": share_nodes,
     "simplify_qdq": SimplifyQdq,
+    "split_units": split_units,
     "widen_channels": WidenChannels,
 }
 
@@ -113,6 +120,7 @@ __all__ = [
     "fold_add",
     "fold_batchnorm",
     "fold_constants",
+    "fold_focus",
     "fold_mul",
     "fold_pad",
     "fold_shapes",
@@ -124,7 +132,9 @@ __all__ = [
     "merge_slices",
     "name_sizes",
     "pool_first",
+    "read_last_state",
     "share_initializers",
     "share_nodes",
     "simplify_qdq",
+    "split_units",
 ]

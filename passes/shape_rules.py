@@ -207,9 +207,12 @@ def _reduce(sizes: Sizes, node: gs.Node, shapes: Shapes) -> Shape | None:
 def _layer(sizes: Sizes, node: gs.Node, shapes: Shapes) -> Sequence[Size | None] | None:
     """Convolutions and pooling keep the batch; numbers are what the model says.
 
-    Equal sizes slid over in the same way give equal sizes; "same" padding keeps them.
+    Equal sizes slid over in the same way give equal sizes; "same" padding keeps them. The weight of
+    a convolution tells the rank where the input's is not known.
     """
     shape = shapes[0]
+    if shape is None and node.op == "Conv" and (weight := node.inputs[1].shape):
+        return [None, weight[0], *[None] * (len(weight) - 2)]
     if not shape:
         return None
     keeps = shape[1] if "Pool" in node.op and len(shape) > 1 else None

@@ -20,9 +20,7 @@ from onnxq.graphs import bodies_of
 from onnxq.model import Model, producer, values_of
 from onnxq.passes.shape_rules import shape_rule
 from onnxq.passes.size_algebra import Known, Shape, Size, symbol
-from onnxq.passes.value_rules import INTEGERS, VALUES
-
-LONGEST = 64  # elements of integer tensors that are followed
+from onnxq.passes.value_rules import INTEGERS, LONGEST, VALUES
 
 
 class Sizes:

@@ -13,6 +13,7 @@ from onnxq.passes.size_algebra import Known, Size, product
 if TYPE_CHECKING:
     from onnxq.passes.sizes import Sizes
 
+LONGEST = 64  # elements of integer tensors that are followed
 INTEGERS = (np.dtype(np.int64), np.dtype(np.int32), np.dtype(bool))
 
 
@@ -81,7 +82,7 @@ def _value_cast(sizes: Sizes, node: gs.Node) -> Known | None:
 
 
 def _value_binary(sizes: Sizes, node: gs.Node) -> Known | None:
-    parts = [sizes.values(t) for t in node.inputs]
+    parts = [sizes.values(t) or _unknown(sizes, t) for t in node.inputs]
     if any(p is None for p in parts):
         return None
     lists = [p for p in parts if p is not None]
@@ -90,6 +91,13 @@ def _value_binary(sizes: Sizes, node: gs.Node) -> Known | None:
         return None
     rows = [[p[i if len(p) > 1 else 0] for p in lists] for i in range(length)]
     return [ARITHMETIC[node.op](*row) for row in rows]
+
+
+def _unknown(sizes: Sizes, tensor: gs.Tensor) -> Known | None:
+    """As many elements as there are, none of them known: 0 times any integer is 0."""
+    shape = sizes.shape(tensor)
+    count = None if shape is None or len(shape) > 1 else product(shape)
+    return [None] * count if isinstance(count, int) and 0 < count <= LONGEST else None
 
 
 Element = Size | None
@@ -110,6 +118,8 @@ def _sub(a: Element, b: Element) -> Element:
 def _mul(a: Element, b: Element) -> Element:
     if isinstance(a, int) and isinstance(b, int):
         return a * b
+    if a == 0 or b == 0:
+        return 0
     if a is None or b is None or any(isinstance(v, int) and v < 0 for v in (a, b)):
         return None
     return product([a, b])

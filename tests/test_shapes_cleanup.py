@@ -73,6 +73,8 @@ CHANGES = [
                  "f = Where(e, pair, k) z = Reshape(f, rest) y = Expand(half, z)", IMAGE, Y2, None, id="sizes-are-not-negative"),
     pytest.param(fold_shapes, "s = Shape(x) c = Gather(s, one) k = Mul(c, last) l = Mul(k, two) y = Add(l, l)", IMAGE, "int64[p] y", None, id="products-wrap-around"),
     pytest.param(fold_shapes, "k = Size(x) l = Mul(k, last) m = Cast<to = 6>(l) y = Add(m, m)", "float[2, 4] x", "int32[p] y", None, id="casts-wrap-around"),
+    pytest.param(fold_shapes, "k = Mul(n, first) c = Cast<to = 1>(k) y = Add(x, c)", f"{FREE}, int64 n", Y3, ["Add", "Cast"], id="nothing-times-zero"),
+    pytest.param(fold_shapes, "k = Mul(zero, n) l = Add(k, two) y = Mul(l, n)", f"int64[1] n, {FREE}", "int64[p] y", ["Mul"], id="one-element-times-zero"),
     pytest.param(merge_reshapes, "h = Unsqueeze(x, zero) k = Unsqueeze(h, zero) y = Neg(k)", FREE, "float[a, b, c, d, e] y", ["Neg", "Unsqueeze", "Unsqueeze"], id="free-sizes-move"),
     pytest.param(merge_reshapes, "h = Unsqueeze(x, three) k = Flatten(h) y = Neg(k)", "float[N, 3, 4] x", Y2, ["Neg", "Reshape"], id="unsqueeze-flatten"),
     pytest.param(merge_reshapes, "h = Unsqueeze(x, one) k = Squeeze(h, one) y = Neg(k)", FREE, Y3, ["Neg"], id="inverse"),
@@ -239,3 +241,18 @@ def test_zero_states_are_left_out(body: str, left: list[str] | None) -> None:
         proto.graph.initializer.append(onnx.numpy_helper.from_array(values, name))
     checked = check(drop_zero_states, proto)
     assert sorted(checked.ops.elements()) == (left or sorted(n.op_type for n in proto.graph.node))
+
+
+def test_a_convolution_says_how_many_channels_there_are() -> None:
+    """Whatever is known of its input: here not even the rank."""
+    proto = graph(
+        "h = Reshape(x, k) c = Conv(h, w) r = Relu(c) y = Neg(r)", f"{IMAGE}, int64[q] k", Y4
+    )
+    model = Model.from_proto(proto)
+    for tensor in model.graph.tensors().values():
+        if tensor.name in ("h", "c", "r"):
+            tensor.shape = None
+    shape = Sizes(model).shape(model.graph.tensors()["r"])
+    assert shape is not None
+    assert len(shape) == 4
+    assert shape[1] == 1
