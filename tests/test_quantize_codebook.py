@@ -24,6 +24,7 @@ from test_quantize_weights import (
 
 from onnxq import runtime
 from onnxq.codebooks import fit_codebook
+from onnxq.core import Pass
 from onnxq.coverage import coverage
 from onnxq.data import open_samples
 from onnxq.demands import why_not
@@ -448,16 +449,18 @@ def test_the_same_bytes_each_time() -> None:
 def test_what_formats_lose_at_four_bits(granularity: Any) -> None:
     """On normal weights k-means is best, NF4 next, then int4, and powers of two last."""
     before, db = model("y = MatMul(x, m)", ROWS, "float[a, b] y", opset=21), {}
-    (matmul,) = before.nodes("MatMul")
     wide = np.random.default_rng(0).normal(size=(32, 1024)).astype(np.float32)
     before.nodes("MatMul")[0].inputs[1] = before.constant("wide", wide)
-    matmul.outputs[0].shape = None
-    for kind in ("kmeans", "nf4", "power-of-two", "int4"):
-        after, group = before.copy(), {"granularity": granularity, "group_size": 16}
-        if kind == "int4":
-            QuantizeWeights("int4", range="mse", **group)(after)
-        else:
-            QuantizeCodebook(kind, **group)(after)
-        db[kind] = sqnr_db(outputs(before), outputs(after))
+    shared: dict[str, Any] = {"granularity": granularity, "group_size": 16}
+    passes: dict[str, Pass] = {
+        "kmeans": QuantizeCodebook(**shared),
+        "nf4": QuantizeCodebook("nf4", **shared),
+        "power-of-two": QuantizeCodebook("power-of-two", **shared),
+        "int4": QuantizeWeights("int4", range="mse", **shared),
+    }
+    for name, pass_ in passes.items():
+        after = before.copy()
+        pass_(after)
+        db[name] = sqnr_db(outputs(before), outputs(after))
     assert db["kmeans"] > db["nf4"] > db["power-of-two"] + 2, db
     assert db["kmeans"] > db["int4"] + 0.5, db
