@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from onnxq.numerics.codebooks import NF4, exponential, geometric, logarithmic
 from onnxq.numerics.learning import fit_kmeans, fit_shape
-from onnxq.numerics.scaling import Rows, indices
+from onnxq.numerics.scaling import Rows, bounded, indices
 from onnxq.numerics.sharing import Sharing
 from onnxq.numerics.vectors import fit_vectors, vector_indices
 from onnxq.schemes import Granularity, PerChannel, PerGroup, PerTensor
@@ -136,19 +136,19 @@ def fit_codebook(
     rows = _checked(rows)
     sharing = scheme.sharing((rows.shape[0], rows.shape[1]))
     task = Rows(rows, sharing, _importance(importance, rows.shape))
-    if scheme.kind == "vector":
-        codebook, scale = fit_vectors(task, scheme.entries, scheme.dim, seed)
-        index = vector_indices(task, codebook, scale)
-    else:
-        codebook, scale = _fit(task, scheme)
-        index = indices(task, codebook, scale)
+    codebook, scale = _fit(task, scheme, seed)
+    scale = bounded(scale, codebook)
+    choose = vector_indices if scheme.kind == "vector" else indices
+    index = choose(task, codebook, scale)
     if (codebook.reshape(len(codebook), -1) == 0).all(1).any():
         scale = np.where(scale == 0, np.float32(1), scale)
     return Codes(index, codebook, scale.reshape(sharing.public_shape), sharing.size)
 
 
-def _fit(rows: Rows, scheme: CodebookScheme) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Codebook and scales of codebooks of single values."""
+def _fit(
+    rows: Rows, scheme: CodebookScheme, seed: int
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Codebook, and scales as the numerics have them: 0 where all is 0."""
     match scheme.kind:
         case "nf4":
             return np.array(NF4, np.float32), rows.start(signed=False)
@@ -158,7 +158,9 @@ def _fit(rows: Rows, scheme: CodebookScheme) -> tuple[NDArray[np.float32], NDArr
             return fit_shape(rows, logarithmic(scheme.bits))
         case "exponential":
             return fit_shape(rows, exponential(scheme.bits))
-        case _:
+        case "vector":
+            return fit_vectors(rows, scheme.entries, scheme.dim, seed)
+        case "kmeans":
             return fit_kmeans(rows, scheme.entries)
 
 
@@ -167,7 +169,7 @@ def _checked(rows: NDArray[Any]) -> NDArray[np.float32]:
     if rows.ndim != 2:
         raise ValueError(f"rows are [channels, values], not {rows.ndim}-dimensional: reshape")
     rows = np.ascontiguousarray(rows, np.float32)
-    if not np.isfinite(rows).all():
+    if not (np.isfinite(rows.min(initial=0)) and np.isfinite(rows.max(initial=0))):
         raise ValueError("a weight with NaN or infinities has no codebook: keep it float")
     return rows
 

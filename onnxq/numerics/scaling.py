@@ -63,10 +63,19 @@ class Rows:
         return allowed(np.where(signed & (high < -low), low, np.maximum(high, -low)))
 
 
-def allowed(scale: NDArray[np.floating], largest: float = LARGEST) -> Scale:
-    """Scales as float32, neither subnormal nor greater than the largest; 0 where all is 0."""
-    size = np.clip(np.abs(scale), SMALLEST_SCALE, largest).astype(np.float32)
+def allowed(scale: NDArray[np.floating]) -> Scale:
+    """Scales as float32, neither subnormal nor infinite; 0 where all is 0."""
+    size = np.clip(np.abs(scale), SMALLEST_SCALE, LARGEST).astype(np.float32)
     return np.asarray(np.where(scale == 0, 0, np.copysign(size, scale)), np.float32)
+
+
+def bounded(scale: Scale, codebook: NDArray[np.float32]) -> Scale:
+    """Scales whose products with any entry are finite."""
+    greatest = float(np.abs(codebook).max(initial=0))
+    if greatest <= 1:
+        return scale
+    limit = np.nextafter(np.float32(LARGEST / greatest), np.float32(0))
+    return np.asarray(np.clip(scale, -limit, limit), np.float32)
 
 
 def relative_squares(scale: Scale) -> Sums:
@@ -97,11 +106,9 @@ def assess(rows: Rows, codebook: Codebook, nearest: Nearest, scale: Scale) -> tu
 def improved(rows: Rows, codebook: Codebook, scale: Scale, factors: Sequence[float] = ()) -> Scale:
     """Scales of no greater squared error: the best of scale * factor, then least squares."""
     nearest, best = Nearest(codebook), scale.copy()
-    # Products stay finite.
-    largest = LARGEST / max(1.0, float(np.abs(codebook).max(initial=0)))
     for at, part in rows.parts():
         at = slice(None) if rows.sharing.whole else at
-        best[at] = _improved_part(part, codebook, nearest, scale[at], factors, largest)
+        best[at] = _improved_part(part, codebook, nearest, scale[at], factors)
     return best
 
 
@@ -111,13 +118,12 @@ def _improved_part(
     nearest: Nearest,
     scale: Scale,
     factors: Sequence[float],
-    largest: float,
 ) -> Scale:
     best = scale
     error, follow = assess(rows, codebook, nearest, best)
     for step in range(len(factors) + ROUNDS):
         searching = step < len(factors)
-        candidate = allowed(scale * np.float64(factors[step]) if searching else follow, largest)
+        candidate = allowed(scale * np.float64(factors[step]) if searching else follow)
         tried, then = assess(rows, codebook, nearest, candidate)
         better = tried < error
         if not searching and not better.any():

@@ -19,13 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxq.numerics.codebooks import Codebook
-from onnxq.numerics.scaling import LARGEST, Rows, Scale, Sums, Values, allowed, relative_squares
+from onnxq.numerics.scaling import Rows, Scale, Sums, Values, allowed, relative_squares
 from onnxq.numerics.sharing import BLOCK
 
 SAMPLE_PER_ENTRY = 128
 ITERATIONS = 30  # of Lloyd's on the sample, at most
 TURNS = 2  # of Lloyd's on everything
-FACTORS = (0.8, 0.9, 1.1, 1.25)  # of scales
+FACTORS = (0.8, 0.9, 1.1, 1.25, -1)  # of scales
 PRODUCTS = 1 << 18  # distances at once: 1 MB
 
 
@@ -235,12 +235,11 @@ def _group_starts(columns: slice, per_group: int) -> tuple[NDArray[np.intp], int
 
 def _improved(rows: Rows, book: Codebook, scale: Scale, factors: tuple[float, ...]) -> Scale:
     """Scales of no greater squared error."""
-    largest = LARGEST / max(1.0, float(np.abs(book).max()))
     best = scale
     error, follow = _assess(rows, book, best)
     for step in range(len(factors) + 1):
         searching = step < len(factors)
-        candidate = allowed(scale * np.float64(factors[step]) if searching else follow, largest)
+        candidate = allowed(scale * np.float64(factors[step]) if searching else follow)
         tried, then = _assess(rows, book, candidate)
         better = tried < error
         error, follow = np.where(better, tried, error), np.where(better, then, follow)
