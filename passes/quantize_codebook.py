@@ -51,7 +51,6 @@ from onnxq.targets import Target
 
 NAME = "quantize_codebook"
 LINEAR = "int8"  # where a codebook is not worth it, or not safe
-RECURRENT_GROUP = 16  # values that share a scale in int8 weights of LSTM, GRU and RNN
 BITS, VECTOR_BITS, VECTOR_DIM = 4, 8, 4  # where not given
 WEIGHED = "importance"
 
@@ -168,8 +167,7 @@ class QuantizeCodebook:
         """How a weight is quantized in a linear format."""
         numbers, shared = FORMATS[format], self._shared()
         if numbers.bits >= 8 and not isinstance(shared, PerTensor):
-            is_recurrent = weight.node.op in RECURRENT
-            shared = PerGroup(RECURRENT_GROUP, 1) if is_recurrent else PerChannel(0)
+            shared = PerChannel(0)
         if isinstance(shared, PerGroup) and weight.held.length <= shared.size:
             shared = PerChannel(0)
         return evened(QuantScheme(format, shared), weight.held)

@@ -39,11 +39,11 @@ def sqnr(result: dict[str, Any]) -> float:
 
 @pytest.mark.parametrize("model", [CNN, LSTM, GPT], ids=lambda path: path.stem)
 def test_four_bits_are_usable(model: Path, tmp_path: Path) -> None:
-    """A fifth of the size (the LSTM's state keeps 8 bits) and 20 dB, without data."""
+    """A fifth of the size (the LSTM's state keeps 8 bits), 18 dB and more, without data."""
     found = report(model, tmp_path / "out.onnx")
     size = (tmp_path / "out.onnx").stat().st_size / model.stat().st_size
-    assert size < (0.32 if model == LSTM else 0.22)
-    assert sqnr(found) > 20
+    assert size < (0.28 if model == LSTM else 0.22)
+    assert sqnr(found) > 18
     covered = found["coverage"]
     assert covered["quantized_weight_bytes"] > 0.9 * covered["weight_bytes"]
 

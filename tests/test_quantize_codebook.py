@@ -16,8 +16,6 @@ from test_quantize_weights import (
     CASES,
     IMAGE,
     ROWS,
-    SEQUENCE,
-    STATES,
     constants,
     model,
     optimized,
@@ -26,6 +24,7 @@ from test_quantize_weights import (
 
 from onnxq import runtime
 from onnxq.codebooks import fit_codebook
+from onnxq.core import Pass
 from onnxq.coverage import coverage
 from onnxq.data import open_samples
 from onnxq.demands import why_not
@@ -34,7 +33,7 @@ from onnxq.layers import has_weight, is_lookup
 from onnxq.lint import conformance
 from onnxq.model import Model
 from onnxq.numerics.metrics import sqnr_db
-from onnxq.passes import QuantizeCodebook, inline_functions
+from onnxq.passes import QuantizeCodebook, QuantizeWeights, inline_functions
 from onnxq.passes.codebook_encoding import PACKED, IndexStorage, pack
 from onnxq.passes.layouts import WEIGHTS, held_by
 from onnxq.passes.weight_storage import Found
@@ -408,21 +407,23 @@ def test_samples_are_wanted_for_importance_alone() -> None:
 
 
 def test_importance_lowers_the_error_of_the_output(tmp_path: Path) -> None:
-    """Half of the inputs are 30 times as large: their weights matter more."""
+    """Half of the inputs are 30 times as large, and meet the smaller weights: these matter more."""
     before = model("y = MatMul(x, m)", ROWS, "float[a, b] y")
     x = np.random.default_rng(3).normal(size=(8, 32, 32)).astype(np.float32)
     x[..., ::2] *= 30
     np.savez(tmp_path / "x.npz", x=x)
     samples = open_samples(tmp_path / "x.npz", before)
     (matmul,) = before.nodes("MatMul")
-    exact, db = matmul.inputs[1].values, {}
+    exact, db = np.array(matmul.inputs[1].values), {}
+    exact[::2] /= 10
+    matmul.inputs[1].values = exact
     plain = QuantizeCodebook(bits=3, granularity="tensor")
     for pass_ in (plain, replace(plain, range="importance", samples=samples)):
         after = before.copy()
         pass_(after)
         found = np.stack([runtime.session(after).run(None, {"x": one})[0] for one in x])
         db[pass_.range] = sqnr_db(x @ exact, found)
-    assert db["importance"] > db["mse"] + 0.1, db
+    assert db["importance"] > db["mse"] + 3, db
 
 
 def test_what_is_not_observed_is_said(tmp_path: Path) -> None:
@@ -444,11 +445,22 @@ def test_the_same_bytes_each_time() -> None:
         assert (one.to_proto() == seeded.to_proto()) == ("codebook" not in options)
 
 
-def test_codebooks_of_learned_values_lose_less() -> None:
-    """On normal weights, one scale a channel: k-means is best, NF4 next, powers of two last."""
-    before, db = model("y = LSTM<hidden_size = 16>(x, lw, lr)", SEQUENCE, STATES), {}
-    for kind in ("kmeans", "nf4", "power-of-two"):
+@pytest.mark.parametrize("granularity", ["channel", "group"])
+def test_what_formats_lose_at_four_bits(granularity: Any) -> None:
+    """On normal weights k-means is best, NF4 next, then int4, and powers of two last."""
+    before, db = model("y = MatMul(x, m)", ROWS, "float[a, b] y", opset=21), {}
+    wide = np.random.default_rng(0).normal(size=(32, 1024)).astype(np.float32)
+    before.nodes("MatMul")[0].inputs[1] = before.constant("wide", wide)
+    shared: dict[str, Any] = {"granularity": granularity, "group_size": 16}
+    passes: dict[str, Pass] = {
+        "kmeans": QuantizeCodebook(**shared),
+        "nf4": QuantizeCodebook("nf4", **shared),
+        "power-of-two": QuantizeCodebook("power-of-two", **shared),
+        "int4": QuantizeWeights("int4", range="mse", **shared),
+    }
+    for name, pass_ in passes.items():
         after = before.copy()
-        QuantizeCodebook(kind, granularity="channel")(after)
-        db[kind] = sqnr_db(outputs(before), outputs(after))
+        pass_(after)
+        db[name] = sqnr_db(outputs(before), outputs(after))
     assert db["kmeans"] > db["nf4"] > db["power-of-two"] + 2, db
+    assert db["kmeans"] > db["int4"] + 0.5, db

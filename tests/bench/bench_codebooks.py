@@ -3,7 +3,7 @@
     python tests/bench/bench_codebooks.py [--models models] [--target ort-cpu] [--json]
 
 Every weight of the models in `models/` that the passes take has the format of the row (what
-multiplies a recurrent state has at least 8 bits in all of them), nothing else is changed; `bits` is
+multiplies a recurrent state has at least 8 bits, if not said), nothing else is changed; `bits` is
 what they take in the file, scales, codebooks and zero points included. SQNR is that of the outputs
 against the float model, top-1 and perplexity are on the evaluation samples.
 Prints Markdown, or JSON.
@@ -48,6 +48,7 @@ CODEBOOKS: dict[str, dict[str, Any]] = {
     "4 kmeans channel": CHANNEL,
     "4 nf4 group 64": {"codebook": "nf4"},
     "4 kmeans group 64": {},
+    "4 kmeans group 64, state too": {"state": "codebook"},
     "4 kmeans group 32": {"group_size": 32},
     "4 power-of-two group 64": {"codebook": "power-of-two"},
     "4 logarithmic group 64": {"codebook": "logarithmic"},
