@@ -47,7 +47,7 @@ class ConvertFloat16:
     encoding: Literal["auto", "compute", "storage"] = "auto"
     interface: Literal["kept", "half"] = "kept"
     smallest: int = 256
-    first_share: float = 0.02
+    first_share: float = 0.03
     layers: tuple[str, ...] = ()
     target: Target | None = None
     samples: Samples | None = field(default=None, repr=False)

@@ -43,8 +43,12 @@ def form_of(node: gs.Node, opset: int, half: HalfType) -> Form | str | None:
         return "other random numbers would be drawn"
     if node.op in GENERATORS or any(bodies_of(node)):
         return "its values are made in float32"
+    if node.op == "BitCast":
+        return "it reads bits, not values"
     if any(is_holder(t) for t in (*node.inputs, *node.outputs)):
         return "sequences and optionals stay float32"
+    if any(t.name and t.dtype is None for t in (*node.inputs, *node.outputs)):
+        return "types around it are not known"
     signature = _signature(node.op, opset)
     if signature is None:
         return f"not in the standard's opset {opset}"

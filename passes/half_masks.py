@@ -1,9 +1,9 @@
 """Bring the large negative constants of attention masks into the range of float16.
 
-    Softmax(Add(scores, Where(mask, 0, -1e9)))    =>    ... -32768
+    Softmax(Add(scores, Where(mask, 0, -1e9)))    =>    ... -16000
 
-exp of either is 0 beside any score that float16 can have, so that nothing changes; -infinity would
-make NaN of rows that are masked whole, and -65504 becomes that once a score of -16 is added.
+exp of either is 0 beside scores of some thousands, so that nothing changes. -infinity would make
+NaN of rows that are masked whole, and -65504 becomes that once a score of -16 is added.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from onnxq.passes.half_regions import MOVES
 from onnxq.passes.halves import HalfType, is_float32
 from onnxq.passes.ops import is_constant
 
-FLOOR = -32768.0
+FLOOR = -16000.0
 
 
 def clamp_masks(model: Model, half: HalfType) -> int:
@@ -24,7 +24,7 @@ def clamp_masks(model: Model, half: HalfType) -> int:
 
     A factor is one if the other operand holds whole numbers: it makes 0, or less than any score.
     """
-    if half.largest > -2 * FLOOR:
+    if half.name != "float16":
         return 0
     count = 0
     for node in model.nodes("Add", "Where", "Mul"):

@@ -10,6 +10,7 @@ with its neighbours. Constants are written in either type, or both, without a Ca
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ import onnx_graphsurgeon as gs
 
 from onnxq.graphs import bodies_of
 from onnxq.mincut import INFINITE, Network
-from onnxq.model import Model, readers, values_of
+from onnxq.model import Model, values_of
 from onnxq.passes.half_forms import CONTROL, SCAN_SINCE, Form, form_of
 from onnxq.passes.half_storage import HalfConstants
 from onnxq.passes.halves import FLOAT32, is_float32, retype
@@ -286,9 +287,8 @@ class Regions:
             source, out = node.inputs[0], node.outputs[0]
             if source.dtype != self.half.dtype or out.dtype != self.half.dtype:
                 continue
-            if not self.model.is_output(out):
-                for reader, index in list(readers(out)):
-                    reader.inputs[index] = source
+            with suppress(ValueError):  # an output of an input: nothing else can have its name
+                self.model.replace(out, source)
 
 
 def _has_floats(node: gs.Node) -> bool:

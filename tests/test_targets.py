@@ -52,6 +52,8 @@ def test_every_fact_has_a_source(name: str) -> None:
     assert {"activations", "weights", "operators", "opset"} <= set(target.sources)
     for f in fields(Target):
         default = f.default if f.default is not MISSING else None
+        if f.name == "halves" and not target.halves:
+            continue  # nothing is said
         if f.name not in PLAIN and getattr(target, f.name) != default:
             assert target.source(f.name), f.name
             assert f.name in target.sources, f.name
