@@ -68,6 +68,8 @@ def weights_of(node: gs.Node) -> Iterator[tuple[int, Stands]]:
         return
     if node.domain or node.op not in WEIGHTS:
         return
+    if node.op == "Gather" and _follow(node.inputs[1]) is not None:
+        return  # looks up a codebook
     for held in held_by(node):
         tensor = node.inputs[held.index]
         constant = _constant(tensor)
