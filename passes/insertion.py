@@ -19,6 +19,7 @@ from onnxq.packed import fitted
 from onnxq.passes.ops import (
     OPS,
     activation_inputs,
+    bias_integers,
     bias_vector,
     clamp_bounds,
     is_constant,
@@ -29,7 +30,6 @@ from onnxq.passes.ops import (
 from onnxq.passes.placement import RULE, Placement, keeps_scale
 from onnxq.schemes import (
     FORMATS,
-    PerChannel,
     PerGroup,
     PerTensor,
     QParams,
@@ -41,7 +41,6 @@ from onnxq.schemes import (
 from onnxq.targets import Target
 
 WeightMethod = Literal["minmax", "mse"]
-BIAS, BIASES = QuantScheme("int32"), QuantScheme("int32", PerChannel(0))
 NEGATIVE = 1 / 3  # the share of a range below 0 up to which values count as mostly positive
 
 
@@ -400,12 +399,5 @@ class Editor:
         repeats: int,
     ) -> gs.Tensor:
         """The bias as int32 in the accumulator's scale."""
-        axis = None if params.axis is None else 0
-        w_scale = params.scale if axis is None else np.tile(params.scale, repeats)
-        scale = (x_scale * w_scale).astype(np.float32)
-        q = np.rint(bias / scale.astype(np.float64)).astype(np.int32)
-        own = QParams(scale, np.zeros(scale.shape, np.int32), axis)
-        known = fitted(tensor, BIAS if axis is None else BIASES, None)
-        if known is not None and np.array_equal(known[1].scale, scale):
-            q = known[0]
+        q, own = bias_integers(tensor, bias, x_scale, params, repeats)
         return self.integer_constant(tensor.name, q, own)

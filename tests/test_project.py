@@ -20,6 +20,7 @@ SHARED = {
     "sizes", "size_algebra", "shape_rules", "value_rules", "activations",
     "formats", "insertion", "float_layers", "encodings", "layouts", "weight_kernels",
     "importance", "dynamic_costs", "dynamic_layers",
+    "integer_weights", "packed_weights", "recovery", "recover_dynamic", "recover_qoperators",
 }  # fmt: skip
 
 
