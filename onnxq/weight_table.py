@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from onnxq.model import Model
 from onnxq.numerics.entropy import entropy_of
-from onnxq.passes.packed_weights import Stands, stored_weights
+from onnxq.passes.packed_weights import Stands, shape_of, stored_weights
 from onnxq.weights import Stored, bytes_in, values_in
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def _total(name: str, rows: Sequence[StoredWeight]) -> FormatTotal:
 
 def _rows(model: Model) -> Iterator[StoredWeight]:
     for node, tensor, stands in stored_weights(model):
-        numbers, shape = stands.numbers, _shape(node, tensor, stands)
+        numbers, shape = stands.numbers, shape_of(node, tensor, stands)
         weights = prod(shape)
         if not weights:
             continue
@@ -102,19 +102,6 @@ def _rows(model: Model) -> Iterator[StoredWeight]:
             bits=8 * size / weights,
             entropy=each,
         )
-
-
-def _shape(node: gs.Node, tensor: gs.Tensor, stands: Stands) -> tuple[int, ...]:
-    """The shape of the weight that the numbers stand for."""
-    if stands.form == "nbits" and "K" in node.attrs:
-        return int(node.attrs["K"]), int(node.attrs["N"])
-    shape = stands.numbers.shape
-    if not isinstance(tensor, gs.Constant) and all(
-        isinstance(d, int) for d in tensor.shape or (None,)
-    ):
-        shape = tensor.shape
-    each = 8 // stands.bits if stands.bits else 1
-    return tuple(int(d) for d in (*shape[:-1], *(d * each for d in shape[-1:])))
 
 
 def _scales(stands: Stands) -> list[gs.Constant]:

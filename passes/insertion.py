@@ -341,7 +341,8 @@ class Editor:
                 return  # a float bias is as good, and spares the weight
             if saturates:  # a coarser weight is exact enough
                 dequantized, params = self.coarser(weight, scheme, params, least)
-            node.inputs[at] = self.bias(node.inputs[at], bias, x_scale, params, repeats)
+            q, own = bias_integers(node.inputs[at], bias, x_scale, params, repeats)
+            node.inputs[at] = self.integer_constant(node.inputs[at].name, q, own)
         node.inputs[index] = dequantized
 
     def is_wide(self, node: gs.Node) -> bool:
@@ -389,15 +390,3 @@ class Editor:
                 params,
             )
         return self.weights[key][0]
-
-    def bias(
-        self,
-        tensor: gs.Tensor,
-        bias: NDArray[np.float64],
-        x_scale: float,
-        params: QParams,
-        repeats: int,
-    ) -> gs.Tensor:
-        """The bias as int32 in the accumulator's scale."""
-        q, own = bias_integers(tensor, bias, x_scale, params, repeats)
-        return self.integer_constant(tensor.name, q, own)

@@ -319,3 +319,16 @@ def stored_weights(model: Model) -> Iterator[tuple[gs.Node, gs.Tensor, Stands]]:
             if id(found.numbers) not in seen:
                 seen.add(id(found.numbers))
                 yield node, node.inputs[index], found
+
+
+def shape_of(node: gs.Node, tensor: gs.Tensor, stands: Stands) -> tuple[int, ...]:
+    """The shape of the weight that the numbers stand for."""
+    if stands.form == "nbits" and "K" in node.attrs:
+        return int(node.attrs["K"]), int(node.attrs["N"])
+    shape = stands.numbers.shape
+    if not isinstance(tensor, gs.Constant) and all(
+        isinstance(d, int) for d in tensor.shape or (None,)
+    ):
+        shape = tensor.shape
+    each = 8 // stands.bits if stands.bits else 1
+    return tuple(int(d) for d in (*shape[:-1], *(d * each for d in shape[-1:])))
