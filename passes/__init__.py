@@ -25,6 +25,7 @@ from onnxq.passes.inline_if import inline_if
 from onnxq.passes.merge_reshapes import merge_reshapes
 from onnxq.passes.merge_slices import merge_slices
 from onnxq.passes.pool_first import pool_first
+from onnxq.passes.quantize_codebook import QuantizeCodebook
 from onnxq.passes.quantize_dynamic import QuantizeDynamic
 from onnxq.passes.quantize_static import QuantizeStatic
 from onnxq.passes.quantize_weights import QuantizeWeights
@@ -70,6 +71,7 @@ PASSES: dict[str, Pass | type[Any]] = {
     "merge_reshapes": merge_reshapes,
     "merge_slices": merge_slices,
     "pool_first": pool_first,
+    "quantize_codebook": QuantizeCodebook,
     "quantize_dynamic": QuantizeDynamic,
     "quantize_static": QuantizeStatic,
     "quantize_weights": QuantizeWeights,
@@ -83,6 +85,7 @@ PASSES: dict[str, Pass | type[Any]] = {
 __all__ = [
     "PASSES",
     "DequantizeModel",
+    "QuantizeCodebook",
     "QuantizeDynamic",
     "QuantizeStatic",
     "QuantizeWeights",

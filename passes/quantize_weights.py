@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import prod
 from typing import Any, Literal
 
 import numpy as np
@@ -24,22 +23,20 @@ import onnx_graphsurgeon as gs
 from onnxq.core import Note, Skip
 from onnxq.data import Samples
 from onnxq.layers import Choice, Layers
-from onnxq.model import Model, readers, values_of
+from onnxq.model import Model
 from onnxq.packed import remembered
-from onnxq.passes.encodings import (
-    STORAGE_SINCE,
-    Encoding,
-    Packed,
-    dequantized,
-    evened,
-    opset_for,
-    stored,
-)
+from onnxq.passes.encodings import Encoding, Packed, dequantized, evened, opset_for, stored
 from onnxq.passes.importance import Importance, observed
-from onnxq.passes.layouts import WEIGHTS, Held, held_by
-from onnxq.passes.ops import is_constant
-from onnxq.passes.sensitive import OUTPUT_SHARE, output_convolutions
+from onnxq.passes.layouts import Held
 from onnxq.passes.weight_kernels import why_no_gain, why_no_kernel
+from onnxq.passes.weight_storage import (
+    Found,
+    Unpacked,
+    find_weights,
+    linear_bits,
+    told,
+    why_too_old,
+)
 from onnxq.passes.work import RECURRENT
 from onnxq.schemes import (
     FORMATS,
@@ -54,14 +51,10 @@ from onnxq.schemes import (
     quantize_weight,
 )
 from onnxq.targets import Target
-from onnxq.weights import data_type_of, stored_size
 
 NAME = "quantize_weights"
 WIDER = {"int8": "int16", "uint8": "uint16"}
 CONVOLUTIONS = ("Conv", "ConvTranspose")
-OVERHEAD = 256  # bytes of the nodes and names that unpack a weight, about
-# Operators that a weight may go through; they read it unpacked, or it would be stored twice.
-MOVES = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Identity")
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,18 +182,12 @@ class QuantizeWeights:
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """One weight of one node: how it is to be stored; remark: for the note."""
+    """How one weight is to be stored; remark: for the note."""
 
-    node: gs.Node
-    held: Held
+    weight: Found
     scheme: QuantScheme
     encoding: Encoding
     remark: str = ""
-
-    @property
-    def tensor(self) -> gs.Tensor:
-        tensor: gs.Tensor = self.node.inputs[self.held.index]
-        return tensor
 
 
 class _Work:
@@ -209,21 +196,20 @@ class _Work:
     def __init__(self, options: QuantizeWeights, model: Model) -> None:
         self.options, self.model, self.target = options, model, options.target
         self.notes: list[Note] = []
-        self.unpacked: dict[tuple[int, tuple[int, ...], str], gs.Tensor] = {}
-        self.choices = Layers.parse(options.layers).choices(model)
+        self.unpacked = Unpacked(model)
         self.shapes = _shapes(model, options.samples)
 
     def run(self) -> list[Note]:
         jobs = self._jobs()
         importance: Importance = {}
         if self.options.range == "importance" and jobs:
-            held = [(job.node, job.held) for job in jobs]
+            held = [(job.weight.node, job.weight.held) for job in jobs]
             importance = observed(self.model, held, self.options.samples, self.options.progress)
         for number, job in enumerate(jobs):
             try:
                 self._store(job, number, importance)
             except Skip as reason:
-                self._declined(job.node, str(reason))
+                self._declined(job.weight.node, str(reason))
         if any(note.changed for note in self.notes):
             self.model.sweep()
         return self.notes
@@ -237,7 +223,7 @@ class _Work:
         allowed = self.target.stored_formats if self.target is not None else ()
         if wide is None or self.options.levels is not None or (allowed and wide not in allowed):
             return jobs
-        sizes = {id(job.tensor): prod(job.held.shape) for job in jobs}
+        sizes = {id(job.weight.tensor): job.weight.size for job in jobs}
         left = self.options.wide_share * sum(sizes.values())
         small = set()
         for key, size in sorted(sizes.items(), key=lambda item: item[1]):  # stable: graph order
@@ -245,155 +231,103 @@ class _Work:
             if left < 0:
                 break
             small.add(key)
+
+        def may_widen(job: _Job) -> bool:
+            weight = job.weight
+            if id(weight.tensor) not in small or weight.choice is not None:
+                return False
+            if (job.encoding, job.scheme.format) != ("storage", self.options.format):
+                return False
+            return weight.is_worth(linear_bits(weight.held, replace(job.scheme, format=wide)))
+
         return [
-            replace(job, scheme=replace(job.scheme, format=wide))
-            if id(job.tensor) in small
-            and (job.encoding, job.scheme.format) == ("storage", self.options.format)
-            and id(job.node) not in self.choices
-            and _saves(job.tensor, job.held, replace(job.scheme, format=wide))
-            else job
+            replace(job, scheme=replace(job.scheme, format=wide)) if may_widen(job) else job
             for job in jobs
         ]
 
     def _jobs(self) -> list[_Job]:
         """What is to be stored, and how; decided before anything is edited."""
-        spared = _output_layers(self.model)
+        found, notes = find_weights(
+            self.model, self.options.layers, self.options.smallest, rule=NAME
+        )
+        self.notes += notes
         jobs = []
-        for node in self.model.nodes(*WEIGHTS):
-            choice = self.choices.get(id(node))
-            why = "a small output layer: its result shows each step" if id(node) in spared else None
-            if choice is not None:
-                why = choice.reason if choice.is_float else None
-            if why is not None:
-                self._declined(node, why)
-                continue
-            for held in held_by(node):
-                tensor = node.inputs[held.index]
-                if not is_constant(tensor) or tensor.dtype not in (np.float32, np.float16):
-                    continue
-                if len(held.shape) < 2 or prod(held.shape) < self.options.smallest:
-                    continue
-                scheme = self.options.scheme(node, held, choice)
-                try:
-                    jobs.append(self._planned(node, held, scheme))
-                except Skip as reason:
-                    self._declined(node, str(reason))
+        for weight in found:
+            scheme = self.options.scheme(weight.node, weight.held, weight.choice)
+            try:
+                jobs.append(self._planned(weight, scheme))
+            except Skip as reason:
+                self._declined(weight.node, str(reason))
         return self._widened(jobs)
 
-    def _planned(self, node: gs.Node, held: Held, scheme: QuantScheme) -> _Job:
+    def _planned(self, weight: Found, scheme: QuantScheme) -> _Job:
         """Choose the encoding; raises Skip when there is none."""
-        model, asked = self.model, self.options.encoding
-        if not _saves(node.inputs[held.index], held, scheme):
-            raise Skip(f"{_bits(held, scheme):.1f} bits a weight, scales included, save nothing")
+        model, asked, node, held = self.model, self.options.encoding, weight.node, weight.held
+        bits = linear_bits(held, scheme)
+        if not weight.is_worth(bits):
+            raise Skip(f"{bits:.1f} bits a weight, scales included, save nothing")
         folds = self.target is None or self.target.stored_weights
         why = None
         if asked != "storage" or not folds:
-            why = why_no_kernel(node, held, scheme, self.target) or self._too_old(scheme, "compute")
+            why = why_no_kernel(node, held, scheme, self.target) or why_too_old(
+                model, scheme, "compute"
+            )
             if why is None and asked == "auto" and folds and self.target is not None:
                 why = why_no_gain(model, node, held, scheme, self.target, self.shapes)
             if why is None:
-                return _Job(node, held, scheme, "compute")
+                return _Job(weight, scheme, "compute")
         if not folds:
             raise Skip(f"{why}, and weights are not unpacked at load")
-        if (old := self._too_old(scheme, "storage")) is not None:
+        if (old := why_too_old(model, scheme, "storage")) is not None:
             raise Skip(old)
         remark = f" ({why})" if asked == "compute" else ""
-        return _Job(node, held, evened(scheme, held), "storage", remark)
-
-    def _too_old(self, scheme: QuantScheme, encoding: Encoding) -> str | None:
-        needed = opset_for(
-            scheme.format, encoding,
-            groups=scheme.group_size is not None,
-            channels=not isinstance(scheme.granularity, PerTensor),
-        )  # fmt: skip
-        if self.model.opset >= needed:
-            return None
-        what = scheme.format if self.model.opset >= STORAGE_SINCE else "Cast"
-        return f"opset {self.model.opset} has no {what} as needed: opset {needed} has"
+        return _Job(weight, evened(scheme, held), "storage", remark)
 
     def _store(self, job: _Job, number: int, importance: Importance) -> None:
-        model, node, held, tensor = self.model, job.node, job.held, job.tensor
-        key = id(tensor), held.key, job.scheme.format
-        method = self.options.range
-        if job.encoding == "compute" or key not in self.unpacked:
-            packed, method = self._packed(job, number, importance)
-            if job.encoding == "compute":
-                node.inputs[held.index] = dequantized(model, node, tensor, packed)
-                if node.op == "Gemm":
-                    node.attrs.pop("transB", None)
-            else:
-                # What several graphs read is unpacked once, in the main one; bodies capture it.
-                users = {id(model.graph_of(user)) for user in tensor.outputs}
-                at = node if len(users) == 1 else None
-                self.unpacked[key] = stored(model, at, tensor, packed)
+        weight, method = job.weight, self.options.range
+
+        def packed() -> Packed:
+            nonlocal method
+            made, method = self._packed(job, number, importance)
+            return made
+
         if job.encoding == "storage":
-            node.inputs[held.index] = self.unpacked[key]
-            for reader, index in list(readers(tensor)):
-                if reader.op in MOVES and index == 0:
-                    reader.inputs[0] = self.unpacked[key]
+            self.unpacked.use(weight, job.scheme.format, lambda on: stored(on, packed()))
+        else:
+            node, tensor = weight.node, weight.tensor
+            node.inputs[weight.held.index] = dequantized(self.model, node, tensor, packed())
+            if node.op == "Gemm":
+                node.attrs.pop("transB", None)
         ranges = "" if method == self.options.range else f", {method}: its input was not observed"
-        text = f"{_told(job)}, {job.encoding}{job.remark}{ranges}"
-        self.notes.append(Note(NAME, node.name, text))
+        text = f"{told(weight.held, job.scheme)}, {job.encoding}{job.remark}{ranges}"
+        self.notes.append(Note(NAME, weight.node.name, text))
 
     def _packed(self, job: _Job, number: int, importance: Importance) -> tuple[Packed, Method]:
-        values = np.asarray(values_of(job.tensor))
-        if not np.isfinite(values).all():
-            raise Skip("its weight has NaN or infinite values")
-        weights, method = importance.get((id(job.node), job.held.index)), self.options.range
+        held, node = job.weight.held, job.weight.node
+        values = job.weight.values()
+        weights, method = importance.get((id(node), held.index)), self.options.range
         if method == "importance" and weights is None:
             method = "mse"
         is_balanced = (
             self.options.rounding == "balanced"
-            and job.node.op in CONVOLUTIONS
+            and node.op in CONVOLUTIONS
             and not isinstance(job.scheme.numbers, FloatFormat)
         )
-        grid = remembered(job.tensor)
-        if grid is not None and (known := grid.map(job.held.rows).fitted(job.scheme)):
-            return Packed(job.held, *known), method
-        rows = job.held.rows(values.astype(np.float32))
+        grid = remembered(job.weight.tensor)
+        if grid is not None and (known := grid.map(held.rows).fitted(job.scheme)):
+            return Packed(held, *known), method
+        rows = held.rows(values.astype(np.float32))
         integers, params = quantize_weight(
             rows, job.scheme, None, method,
-            importance=None if weights is None else job.held.importance(weights),
+            importance=None if weights is None else held.importance(weights),
             rounding="even" if self.options.rounding == "balanced" else self.options.rounding,
             seed=self.options.seed + number,
         )  # fmt: skip
         if is_balanced:
-            shape = rows.shape if params.group_size is not None else (len(rows), -1, job.held.taps)
+            shape = rows.shape if params.group_size is not None else (len(rows), -1, held.taps)
             exact, near = rows.reshape(shape), integers.reshape(shape)
             integers = balance(exact, near, job.scheme, params, 0).reshape(rows.shape)
-        return Packed(job.held, integers, params), method
-
-
-def _saves(tensor: gs.Tensor, held: Held, scheme: QuantScheme) -> bool:
-    """Whether the file gets smaller."""
-    count = prod(held.shape)
-    return bool(
-        count * _bits(held, scheme) / 8 + OVERHEAD < count * np.dtype(tensor.dtype).itemsize
-    )
-
-
-def _bits(held: Held, scheme: QuantScheme) -> float:
-    """Bits a weight, with scales (32 bits) and zero points."""
-    channels = prod(held.shape) // held.length
-    size = scheme.group_size
-    scales = channels * -(-held.length // size) if size is not None else channels
-    scales = 1 if isinstance(scheme.granularity, PerTensor) else scales
-    kind = data_type_of(scheme.numbers.dtype)
-    total = 8 * stored_size(kind, held.shape) + 32 * scales
-    total += 0 if scheme.symmetric else 8 * stored_size(kind, (scales,))
-    return float(total / prod(held.shape))
-
-
-def _told(job: _Job) -> str:
-    granularity = job.scheme.granularity
-    shared = (
-        f"in groups of {granularity.size}"
-        if isinstance(granularity, PerGroup)
-        else "per channel"
-        if isinstance(granularity, PerChannel)
-        else "per tensor"
-    )
-    return f"weights as {job.scheme.format} {shared}, {_bits(job.held, job.scheme):.1f} bits each"
+        return Packed(held, integers, params), method
 
 
 def _shapes(model: Model, samples: Samples | None) -> dict[str, list[int]]:
@@ -402,11 +336,3 @@ def _shapes(model: Model, samples: Samples | None) -> dict[str, list[int]]:
     if first is None:
         return {}
     return model.shapes_for({name: np.shape(values) for name, values in first.items()})
-
-
-def _output_layers(model: Model) -> set[int]:
-    """Ids of convolutions that write an output, if their weights are a small share of all."""
-    last = output_convolutions(model)
-    total = sum(prod(t.shape) for t in model.graph.tensors().values() if isinstance(t, gs.Constant))
-    small = sum(prod(node.inputs[1].shape or ()) for node in last) <= OUTPUT_SHARE * total
-    return {id(node) for node in last} if small else set()

@@ -19,8 +19,8 @@ SHARED = {
     "ops", "work", "costs", "placement", "ranges", "sensitive", "linear",
     "sizes", "size_algebra", "shape_rules", "value_rules", "activations",
     "formats", "insertion", "float_layers", "encodings", "layouts", "weight_kernels",
-    "importance", "dynamic_costs", "dynamic_layers",
     "integer_weights", "packed_weights", "recovery", "recover_dynamic", "recover_qoperators",
+    "weight_storage", "codebook_encoding", "importance", "dynamic_costs", "dynamic_layers",
 }  # fmt: skip
 
 
