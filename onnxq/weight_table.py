@@ -87,7 +87,7 @@ def _rows(model: Model) -> Iterator[StoredWeight]:
             continue
         size = bytes_in(numbers) + sum(bytes_in(c) for c in stands.beside)
         scales = [prod(c.shape) for c in _scales(stands)]
-        raw, bits, count = _stored(numbers, stands.bits)
+        raw, bits, count = _stored(stands)
         each = entropy_of(raw, bits, count) * count / weights
         yield StoredWeight(
             name=numbers.name or tensor.name,
@@ -117,8 +117,12 @@ def _format(stands: Stands) -> str:
     return f"codebook of {table[0]}" + (f" x {table[1]}" if len(table) > 1 else "")
 
 
-def _stored(constant: gs.Constant, bits: int | None) -> tuple[NDArray[np.uint8], int, int]:
+def _stored(stands: Stands) -> tuple[NDArray[np.uint8], int, int]:
     """The numbers' bytes, the bits of each, how many there are."""
+    if stands.digits is not None:
+        each = stands.digits().astype(np.uint8).reshape(-1)
+        return each, 8, each.size
+    constant, bits = stands.numbers, stands.bits
     held: Any = constant._values
     name = str(np.dtype(constant.dtype))
     count = prod(constant.shape)
