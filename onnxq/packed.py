@@ -18,6 +18,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
+from onnxq.errors import ModelError
 from onnxq.schemes import (
     FloatFormat,
     PerChannel,
@@ -28,6 +29,7 @@ from onnxq.schemes import (
 )
 from onnxq.weights import data_type_of, stored_size
 
+UNFIT = "scales or zero points of a quantized weight do not fit its shape; export the model again"
 EXACT = 2  # bytes of integers whose differences float32 holds exactly
 
 
@@ -156,9 +158,19 @@ class Recovered(LazyValues):  # type: ignore[misc]
         self.dtype = np.dtype(dtype)
         self.nbytes = stored_size(data_type_of(self.dtype), self.shape)
 
+    def read(self) -> Grid:
+        """The grid; raises ModelError when its parts do not fit each other."""
+        try:
+            grid = self.grid()
+        except (ValueError, IndexError) as e:
+            raise ModelError(UNFIT) from e
+        if grid.numbers.shape != self.shape:
+            raise ModelError(UNFIT)
+        return grid
+
     def load(self) -> NDArray[Any]:
         """The values, read-only."""
-        values = np.ascontiguousarray(self.grid().values()).reshape(self.shape)
+        values = np.ascontiguousarray(self.read().values())
         values.flags.writeable = False
         return values
 
@@ -166,7 +178,7 @@ class Recovered(LazyValues):  # type: ignore[misc]
 def remembered(tensor: gs.Tensor) -> Grid | None:
     """The integers that a recovered weight had; None for other tensors."""
     held = tensor._values if isinstance(tensor, gs.Constant) else None
-    return held.grid() if isinstance(held, Recovered) else None
+    return held.read() if isinstance(held, Recovered) else None
 
 
 def fitted(

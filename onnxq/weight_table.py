@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from onnxq.model import Model
 from onnxq.numerics.entropy import entropy_of
-from onnxq.passes.packed_weights import Stands, stored_weights
+from onnxq.passes.packed_weights import Stands, shape_of, stored_weights
 from onnxq.weights import Stored, bytes_in, values_in
 
 if TYPE_CHECKING:
@@ -81,13 +81,13 @@ def _total(name: str, rows: Sequence[StoredWeight]) -> FormatTotal:
 
 def _rows(model: Model) -> Iterator[StoredWeight]:
     for node, tensor, stands in stored_weights(model):
-        numbers, shape = stands.numbers, _shape(node, tensor, stands)
+        numbers, shape = stands.numbers, shape_of(node, tensor, stands)
         weights = prod(shape)
         if not weights:
             continue
         size = bytes_in(numbers) + sum(bytes_in(c) for c in stands.beside)
         scales = [prod(c.shape) for c in _scales(stands)]
-        raw, bits, count = _stored(numbers, stands.bits)
+        raw, bits, count = _stored(stands)
         each = entropy_of(raw, bits, count) * count / weights
         yield StoredWeight(
             name=numbers.name or tensor.name,
@@ -104,19 +104,6 @@ def _rows(model: Model) -> Iterator[StoredWeight]:
         )
 
 
-def _shape(node: gs.Node, tensor: gs.Tensor, stands: Stands) -> tuple[int, ...]:
-    """The shape of the weight that the numbers stand for."""
-    if stands.form == "nbits" and "K" in node.attrs:
-        return int(node.attrs["K"]), int(node.attrs["N"])
-    shape = stands.numbers.shape
-    if not isinstance(tensor, gs.Constant) and all(
-        isinstance(d, int) for d in tensor.shape or (None,)
-    ):
-        shape = tensor.shape
-    each = 8 // stands.bits if stands.bits else 1
-    return tuple(int(d) for d in (*shape[:-1], *(d * each for d in shape[-1:])))
-
-
 def _scales(stands: Stands) -> list[gs.Constant]:
     beside = stands.beside[1:] if stands.form == "codebook" else stands.beside
     return [c for c in beside if "float" in str(c.dtype) and not str(c.dtype).startswith("float8")]
@@ -130,8 +117,12 @@ def _format(stands: Stands) -> str:
     return f"codebook of {table[0]}" + (f" x {table[1]}" if len(table) > 1 else "")
 
 
-def _stored(constant: gs.Constant, bits: int | None) -> tuple[NDArray[np.uint8], int, int]:
+def _stored(stands: Stands) -> tuple[NDArray[np.uint8], int, int]:
     """The numbers' bytes, the bits of each, how many there are."""
+    if stands.digits is not None:
+        each = stands.digits().astype(np.uint8).reshape(-1)
+        return each, 8, each.size
+    constant, bits = stands.numbers, stands.bits
     held: Any = constant._values
     name = str(np.dtype(constant.dtype))
     count = prod(constant.shape)

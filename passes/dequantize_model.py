@@ -22,7 +22,7 @@ import onnx_graphsurgeon as gs
 from onnxq.core import Note, Skip
 from onnxq.graphs import sort
 from onnxq.model import Model, readers
-from onnxq.passes.packed_weights import Stands, stands_for, weights_of
+from onnxq.passes.packed_weights import Stands, shape_of, stands_for, weights_of
 from onnxq.passes.recover_dynamic import recover_dynamic
 from onnxq.passes.recover_qoperators import recover_qoperator
 from onnxq.passes.recovery import FLOAT, Recovery, drop, ranges_by_name
@@ -48,6 +48,7 @@ class DequantizeModel:
         """Rewrite in place; a note for each layer and pair, or why not."""
         for graph in model.graphs():
             sort(graph)
+        model.separate_names()  # ranges are kept by name
         recovery, notes = Recovery(model), []
         constants = _constants(recovery, model)
         for node in model.nodes():
@@ -89,7 +90,8 @@ def _constants(recovery: Recovery, model: Model) -> list[Note]:
         users = [n for n, _ in readers(tensor) if not any(found(t) for t in n.outputs)]
         if not users:
             continue
-        shape = stands.read().numbers.shape
+        known_shape = tensor.shape is not None and all(isinstance(d, int) for d in tensor.shape)
+        shape = tensor.shape if known_shape else stands.read().numbers.shape
         weight = recovery.constant(stands.numbers, stands.read, tensor.name, shape, tensor.dtype)
         for node, i in list(readers(tensor)):
             if any(node is user for user in users):
@@ -129,9 +131,9 @@ def _nbits(recovery: Recovery, node: gs.Node) -> str:
         raise Skip("its weight is packed for one machine")
     if stands.read is None:
         raise Skip(f"how {stands.bits} bits are packed is not known")
-    model, out, grid = recovery.model, node.outputs[0], stands.read()
-    dtype = out.dtype or FLOAT
-    weight = recovery.weight(stands, grid.numbers.shape, node.inputs[index].name, dtype)
+    model, out, tensor = recovery.model, node.outputs[0], node.inputs[index]
+    shape = shape_of(node, tensor, stands)
+    weight = recovery.weight(stands, shape, tensor.name, out.dtype or FLOAT)
     if node.op == "GatherBlockQuantized":
         made = model.emit(
             "Gather", weight, node.inputs[1], name=f"{out.name}_float", like=out, at=node,

@@ -19,6 +19,7 @@ from onnxq.packed import fitted
 from onnxq.passes.ops import (
     OPS,
     activation_inputs,
+    bias_integers,
     bias_vector,
     clamp_bounds,
     is_constant,
@@ -41,7 +42,6 @@ from onnxq.schemes import (
 from onnxq.targets import Target
 
 WeightMethod = Literal["minmax", "mse", "standardized", "hqq"]
-BIAS, BIASES = QuantScheme("int32"), QuantScheme("int32", PerChannel(0))
 NEGATIVE = 1 / 3  # the share of a range below 0 up to which values count as mostly positive
 
 
@@ -346,7 +346,8 @@ class Editor:
                 return  # a float bias is as good, and spares the weight
             if saturates:  # a coarser weight is exact enough
                 dequantized, params = self.coarser(weight, scheme, params, least)
-            node.inputs[at] = self.bias(node.inputs[at], bias, x_scale, params, repeats)
+            q, own = bias_integers(node.inputs[at], bias, x_scale, params, repeats)
+            node.inputs[at] = self.integer_constant(node.inputs[at].name, q, own)
         node.inputs[index] = dequantized
 
     def is_wide(self, node: gs.Node) -> bool:
@@ -394,22 +395,3 @@ class Editor:
                 params,
             )
         return self.weights[key][0]
-
-    def bias(
-        self,
-        tensor: gs.Tensor,
-        bias: NDArray[np.float64],
-        x_scale: float,
-        params: QParams,
-        repeats: int,
-    ) -> gs.Tensor:
-        """The bias as int32 in the accumulator's scale."""
-        axis = None if params.axis is None else 0
-        w_scale = params.scale if axis is None else np.tile(params.scale, repeats)
-        scale = (x_scale * w_scale).astype(np.float32)
-        q = np.rint(bias / scale.astype(np.float64)).astype(np.int32)
-        own = QParams(scale, np.zeros(scale.shape, np.int32), axis)
-        known = fitted(tensor, BIAS if axis is None else BIASES, None)
-        if known is not None and np.array_equal(known[1].scale, scale):
-            q = known[0]
-        return self.integer_constant(tensor.name, q, own)

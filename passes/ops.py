@@ -20,6 +20,8 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from onnxq.model import Model, values_of
+from onnxq.packed import fitted
+from onnxq.schemes import PerChannel, QParams, QuantScheme
 
 Role = Literal["linear", "carry", "move", "absorb"]
 
@@ -184,6 +186,26 @@ def bias_vector(
         if bias.size == 1 and axis is not None
         else bias
     )
+
+
+BIAS, BIASES = QuantScheme("int32"), QuantScheme("int32", PerChannel(0))
+
+
+def bias_integers(
+    tensor: gs.Tensor, bias: NDArray[np.float64], x_scale: float, params: QParams, repeats: int
+) -> tuple[NDArray[np.int32], QParams]:
+    """The bias as int32 in the accumulator's scale; one that was so already is as it was.
+
+    params: of the weight; repeats: groups that share its scales.
+    """
+    axis = None if params.axis is None else 0
+    w_scale = params.scale if axis is None else np.tile(params.scale, repeats)
+    scale = (x_scale * w_scale).astype(np.float32)
+    own = QParams(scale, np.zeros(scale.shape, np.int32), axis)
+    known = fitted(tensor, BIAS if axis is None else BIASES, None)
+    if known is not None and np.array_equal(known[1].scale, scale):
+        return known[0], own
+    return np.rint(bias / scale.astype(np.float64)).astype(np.int32), own
 
 
 def useful_range(model: Model, tensor: gs.Tensor) -> tuple[float, float]:

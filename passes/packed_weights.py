@@ -22,6 +22,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
+from onnxq.layers import is_lookup
 from onnxq.model import Model, producer, values_of
 from onnxq.numerics.affine import quantize
 from onnxq.packed import Grid
@@ -42,7 +43,7 @@ class Stands:
 
     numbers: the constant of integers (or floats). beside: the scales, zero points, codebook. read:
     computes the grid; of a float weight it is None. bits: of a number, where the constant has
-    several a byte.
+    several a byte. digits: unpacks them, where several are the digits of one number of some bytes.
     """
 
     form: Form
@@ -51,6 +52,7 @@ class Stands:
     read: Read | None = None
     bits: int | None = None
     is_scaled: bool = False
+    digits: Callable[[], NDArray[Any]] | None = None
 
 
 def stands_for(tensor: gs.Tensor) -> Stands | None:
@@ -67,6 +69,8 @@ def weights_of(node: gs.Node) -> Iterator[tuple[int, Stands]]:
                 yield beside.index, found
         return
     if node.domain or node.op not in WEIGHTS:
+        return
+    if is_lookup(node):
         return
     for held in held_by(node):
         tensor = node.inputs[held.index]
@@ -232,7 +236,8 @@ def _scaled(base: Stands, scale: gs.Constant) -> Stands:
 
 def _look_up(node: gs.Node) -> Stands | None:
     """Gather(codebook [entries] or [entries, dim], indices)."""
-    table, indices = _constant(node.inputs[0]), _follow(node.inputs[1])
+    table = _constant(node.inputs[0])
+    indices = _follow(node.inputs[1]) or _digits(node.inputs[1])
     if table is None or indices is None or indices.is_scaled or indices.read is None:
         return None
     if str(table.dtype) not in FLOATS or node.attrs.get("axis", 0) or len(table.shape) > 2:
@@ -248,6 +253,46 @@ def _look_up(node: gs.Node) -> Stands | None:
         return replace(_plain(index), table=flat, dtype=entries.dtype)
 
     return replace(indices, form="codebook", beside=(table,), read=read, is_scaled=True)
+
+
+def _digits(tensor: gs.Tensor) -> Stands | None:
+    """Indices that are computed from bytes, as `codebook_encoding` has them."""
+    found = _computed(tensor)
+    if found is None:
+        return None
+    root, read = found
+    return Stands("codebook", root, (), lambda: _plain(read()), digits=read)
+
+
+def _computed(tensor: gs.Tensor) -> tuple[gs.Constant, Callable[[], NDArray[Any]]] | None:
+    """The bytes that integers are computed from alone, and what computes them."""
+    constant, node = _constant(tensor), producer(tensor)
+    if constant is not None:
+        is_bytes = str(constant.dtype) == "uint8"
+        return (constant, lambda: _read(constant).astype(np.int32)) if is_bytes else None
+    if (
+        node is None
+        or node.domain
+        or not node.inputs
+        or (base := _computed(node.inputs[0])) is None
+    ):
+        return None
+    root, read = base
+    if node.op == "Cast":
+        return base if str(node.outputs[0].dtype) in ("int32", "int64") else None
+    if node.op == "ReduceSum":
+        return root, lambda: read().sum(1, keepdims=True)
+    if node.op in _ARITHMETIC:
+        other, compute = _constant(node.inputs[1]), _ARITHMETIC[node.op]
+        return None if other is None else (root, lambda: compute(read(), _read(other)))
+    numbers = _numbers(node.inputs[1:]) if node.op in ("Reshape", "Slice") else None
+    move = None if numbers is None else _move(node, numbers)
+    return None if move is None else (root, lambda: move(read()))
+
+
+_ARITHMETIC: dict[str, Callable[..., NDArray[Any]]] = {
+    "Mul": np.multiply, "Div": np.floor_divide, "Mod": np.mod,
+}  # fmt: skip
 
 
 def _moved(node: gs.Node) -> Stands | None:
@@ -317,3 +362,16 @@ def stored_weights(model: Model) -> Iterator[tuple[gs.Node, gs.Tensor, Stands]]:
             if id(found.numbers) not in seen:
                 seen.add(id(found.numbers))
                 yield node, node.inputs[index], found
+
+
+def shape_of(node: gs.Node, tensor: gs.Tensor, stands: Stands) -> tuple[int, ...]:
+    """The shape of the weight that the numbers stand for."""
+    if stands.form == "nbits" and "K" in node.attrs:
+        return int(node.attrs["K"]), int(node.attrs["N"])
+    shape = stands.numbers.shape
+    if not isinstance(tensor, gs.Constant) and all(
+        isinstance(d, int) for d in tensor.shape or (None,)
+    ):
+        shape = tensor.shape
+    each = 8 // stands.bits if stands.bits else 1
+    return tuple(int(d) for d in (*shape[:-1], *(d * each for d in shape[-1:])))

@@ -63,10 +63,7 @@ class Recovery:
         """A float constant that remembers its integers; Skip where they cannot be read."""
         if stands.read is None:
             raise Skip(f"how {name} is packed is not known")
-        grid = stands.read()
-        if grid.numbers.shape != tuple(shape):
-            raise Skip(f"{name} is of shape {list(grid.numbers.shape)}, not {list(shape)}")
-        return self.constant(stands.numbers, stands.read, name, grid.numbers.shape, dtype)
+        return self.constant(stands.numbers, stands.read, name, shape, dtype)
 
     def constant(
         self, numbers: gs.Tensor, read: Any, name: str, shape: Sequence[int], dtype: Any = FLOAT

@@ -19,6 +19,7 @@ SHARED = {
     "ops", "work", "costs", "placement", "ranges", "sensitive", "linear",
     "sizes", "size_algebra", "shape_rules", "value_rules", "activations",
     "formats", "insertion", "float_layers", "encodings", "layouts", "weight_kernels",
+    "integer_weights", "packed_weights", "recovery", "recover_dynamic", "recover_qoperators",
     "weight_storage", "codebook_encoding", "importance", "dynamic_costs", "dynamic_layers",
     "moves", "pairs",
     "halves", "half_storage", "half_forms", "half_rules", "half_ranges", "half_regions",
