@@ -68,7 +68,9 @@ LEFT = [
     pytest.param(focus(*TWO[:3], TWO[0]), id="a-pixel-twice"),
     pytest.param(focus(*TWO, other="o"), id="of-two-tensors"),
     pytest.param(focus(*TWO, ends="10, 18"), id="a-part-of-the-image"),
-    pytest.param(focus("0, 0", "0, 8", ends="99, 99", steps="9, 9"), id="few-of-large-blocks"),
+    pytest.param(
+        focus("0, 0", "0, 8", ends="99, 99", steps="9, 9", kernel=1), id="few-of-large-blocks"
+    ),
 ]
 
 
