@@ -88,7 +88,7 @@ def _rows(model: Model) -> Iterator[StoredWeight]:
         size = bytes_in(numbers) + sum(bytes_in(c) for c in stands.beside)
         scales = [prod(c.shape) for c in _scales(stands)]
         raw, bits, count = _stored(stands)
-        each = entropy_of(raw, bits, count) * count / weights
+        each = entropy_of(raw, bits, count) * min(1, count / weights)  # vectors: fewer numbers
         yield StoredWeight(
             name=numbers.name or tensor.name,
             node=node.name,

@@ -75,7 +75,7 @@ def weights_of(node: gs.Node) -> Iterator[tuple[int, Stands]]:
     for held in held_by(node):
         tensor = node.inputs[held.index]
         constant = _constant(tensor)
-        if constant is not None and str(constant.dtype) in FLOATS and len(held.shape) > 1:
+        if constant is not None and _name(constant.dtype) in FLOATS and len(held.shape) > 1:
             yield held.index, Stands("float", constant)
         elif (found := stands_for(tensor)) is not None:
             yield held.index, found
@@ -115,6 +115,10 @@ def _follow(tensor: gs.Tensor) -> Stands | None:
     return _STEPS[node.op](node)
 
 
+def _name(dtype: Any) -> str:
+    return "" if dtype is None else str(np.dtype(dtype))
+
+
 def _read(tensor: gs.Tensor) -> NDArray[Any]:
     values = values_of(tensor)
     assert values is not None
@@ -133,7 +137,7 @@ def _dequantize(node: gs.Node) -> Stands | None:
             return None
     source = node.inputs[0]
     constant = _constant(source)
-    if constant is not None and str(constant.dtype) == "int32":  # a bias
+    if constant is not None and _name(constant.dtype) == "int32":  # a bias
         base: Stands | None = Stands("qdq", constant, (), lambda: _plain(_read(constant)))
     else:
         base = _follow(source)
@@ -153,7 +157,7 @@ def _dequantize(node: gs.Node) -> Stands | None:
 def _quantize(node: gs.Node) -> Stands | None:
     """Floats that are quantized when the model is loaded."""
     parts = [c for t in node.inputs if t.name and (c := _constant(t)) is not None]
-    if len(parts) != 3 or len(node.inputs) != 3 or str(parts[0].dtype) != "float32":
+    if len(parts) != 3 or len(node.inputs) != 3 or _name(parts[0].dtype) != "float32":
         return None
     if node.attrs.get("block_size", 0):
         return None
@@ -214,7 +218,7 @@ def _multiply(node: gs.Node) -> Stands | None:
         base, scale = _follow(node.inputs[index]), _constant(node.inputs[1 - index])
         if base is None or (base.is_scaled and base.form != "codebook"):
             continue
-        if scale is None or str(scale.dtype) not in FLOATS or base.read is None:
+        if scale is None or _name(scale.dtype) not in FLOATS or base.read is None:
             continue
         if base.form == "codebook" and len(base.beside) > 1:
             continue
@@ -240,7 +244,7 @@ def _look_up(node: gs.Node) -> Stands | None:
     indices = _follow(node.inputs[1]) or _digits(node.inputs[1])
     if table is None or indices is None or indices.is_scaled or indices.read is None:
         return None
-    if str(table.dtype) not in FLOATS or node.attrs.get("axis", 0) or len(table.shape) > 2:
+    if _name(table.dtype) not in FLOATS or node.attrs.get("axis", 0) or len(table.shape) > 2:
         return None
     numbers = indices.read
 
@@ -268,7 +272,7 @@ def _computed(tensor: gs.Tensor) -> tuple[gs.Constant, Callable[[], NDArray[Any]
     """The bytes that integers are computed from alone, and what computes them."""
     constant, node = _constant(tensor), producer(tensor)
     if constant is not None:
-        is_bytes = str(constant.dtype) == "uint8"
+        is_bytes = _name(constant.dtype) == "uint8"
         return (constant, lambda: _read(constant).astype(np.int32)) if is_bytes else None
     if (
         node is None
@@ -279,7 +283,7 @@ def _computed(tensor: gs.Tensor) -> tuple[gs.Constant, Callable[[], NDArray[Any]
         return None
     root, read = base
     if node.op == "Cast":
-        return base if str(node.outputs[0].dtype) in ("int32", "int64") else None
+        return base if _name(node.outputs[0].dtype) in ("int32", "int64") else None
     if node.op == "ReduceSum":
         return root, lambda: read().sum(1, keepdims=True)
     if node.op in _ARITHMETIC:

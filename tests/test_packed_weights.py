@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import onnx
@@ -12,12 +13,15 @@ from ml_dtypes import int4, uint4
 from onnx import TensorProto, helper, numpy_helper, parser
 
 from onnxq import check, runtime
+from onnxq.errors import ModelError
 from onnxq.model import Model
-from onnxq.packed import Grid, remembered
-from onnxq.passes import DequantizeModel
+from onnxq.packed import Grid, Recovered, remembered
+from onnxq.passes import DequantizeModel, QuantizeCodebook
 from onnxq.passes.packed_weights import stands_for, stored_weights
 from onnxq.schemes import PerChannel, PerGroup, PerTensor, QuantScheme
 from onnxq.testing import check as check_pass
+from onnxq.weight_table import weight_table
+from onnxq.weights import Weight
 
 RNG = np.random.default_rng(11)
 X = "float[3, 8] x"
@@ -289,3 +293,47 @@ def test_a_copy_remembers_and_small_weights_too() -> None:
     assert grid is not None
     np.testing.assert_array_equal(grid.numbers, numpy_helper.to_array(proto.graph.initializer[0]))
     assert helper.np_dtype_to_tensor_dtype(layer.inputs[1].dtype) == TensorProto.FLOAT
+
+
+@pytest.mark.parametrize(
+    ("kind", "bits", "granularity"),
+    [
+        ("nf4", 4, "group"), ("kmeans", 3, "channel"), ("kmeans", 5, "group"),
+        ("vector", 6, "channel"), ("kmeans", 1, "tensor"), ("logarithmic", 4, "channel"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("opset", [17, 21])
+def test_codebooks_as_they_are_written_here(
+    kind: Any, bits: int, granularity: Any, opset: int
+) -> None:
+    proto = parser.parse_model(
+        f'<ir_version: 8, opset_import: ["": {opset}]> g (float[3, 40] x) => (float[a, b] y) '
+        "{ h = MatMul(x, w) y = MatMul(h, v) }"
+    )
+    for name, shape in (("w", (40, 96)), ("v", (96, 64))):
+        values = RNG.normal(0, 0.1, shape).astype(np.float32)
+        proto.graph.initializer.append(numpy_helper.from_array(values, name))
+    model = Model.from_proto(proto)
+    QuantizeCodebook(kind, bits, granularity, group_size=16)(model)
+    rows = weight_table(model)
+    entries = 2**bits
+    assert len(rows) == 2
+    assert all(row.format.startswith(f"codebook of {entries}") for row in rows)
+    assert all(0.5 < (row.entropy or 0) <= bits for row in rows)
+    result = check_pass(DequantizeModel(), model.to_proto())
+    assert set(result.ops) == {"MatMul"}
+
+
+def test_parts_that_do_not_fit_are_told_in_one_line() -> None:
+    model = Model.from_proto(CASES["dq-channel"].proto())
+    DequantizeModel()(model)
+    (layer,) = model.nodes("MatMul")
+    grid = remembered(layer.inputs[1])
+    assert grid is not None
+    for wrong in (
+        lambda: Grid.of(grid.numbers, scales(3), None, axis=1),
+        lambda: grid.map(np.transpose),
+    ):
+        constant = Weight("wrong", Recovered(wrong, (8, 5), np.float32))
+        with pytest.raises(ModelError, match="do not fit its shape"):
+            constant.values  # noqa: B018
