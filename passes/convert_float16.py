@@ -37,8 +37,8 @@ class ConvertFloat16:
     format: float16, or bfloat16, which has float32's range and 8 significant bits. encoding: auto
     is what the target says. interface: float32 inputs and outputs are kept, or become 16 bits, too.
     smallest: elements from which weights of float32 operators are stored in 16 bits; first_share:
-    the first of them stay float32 while they are at most so large a part of all (images are small
-    sums of them, and all layers build on their errors). layers: "PATTERN=float" keeps layers as
+    those of the first convolutions stay float32 while they are at most so large a part of all (few
+    values, and all layers build on their errors). layers: "PATTERN=float" keeps layers as
     they are. Samples, where there are some, show which activations do not fit; without, nodes are
     kept whose results often do not (Exp, squares that are summed).
     """
@@ -74,7 +74,7 @@ class ConvertFloat16:
         return CAST_SINCE[self.format]
 
     @property
-    def rule(self) -> HalfRule:
+    def facts(self) -> HalfRule:
         """How the target takes the format."""
         found = None if self.target is None else self.target.halves.get(self.format)
         return found or HalfRule()
@@ -82,7 +82,7 @@ class ConvertFloat16:
     @property
     def computes(self) -> bool:
         """Whether operators are to compute in 16 bits."""
-        asked = self.rule.encoding if self.encoding == "auto" else self.encoding
+        asked = self.facts.encoding if self.encoding == "auto" else self.encoding
         return asked == "compute"
 
     @property
@@ -111,7 +111,7 @@ class ConvertFloat16:
         if self.computes or self.interface == "half":
             kept = None
             if self.computes:
-                kept = kept_nodes(model, half, self.rule, floats, self.samples, self.progress)
+                kept = kept_nodes(model, half, self.facts, floats, self.samples, self.progress)
             regions = Regions(model, constants, kept, interface=self.interface == "half")
             notes += _told(regions.write(), kept, model, half.name)
         if self.stores:

@@ -67,8 +67,8 @@ def store(
 
     Biases and the like stay: they are few, and are added to what many products have made.
 
-    first_share: the first ones stay float32 while they hold at most so much of all values. floats:
-    nodes that are to read what they read, with a reason.
+    first_share: the first ones, if of convolutions, stay float32 while they hold at most so much of
+    all values. floats: nodes that are to read what they read, with a reason.
     """
     model, half = constants.model, constants.half
     found = [(t, node) for t, node in _stored(model) if len(t.shape or ()) > 1]
@@ -76,7 +76,7 @@ def store(
     left = first_share * sum(prod(tensor.shape or ()) for tensor, _ in found)
     for tensor, node in found:
         size = prod(tensor.shape or ())
-        left -= size
+        left = left - size if node.op == "Conv" else -1.0
         why = "among the first, its error would go through all layers" if left >= 0 else None
         why = why or _why_not(model, tensor, floats)
         if why is None:

@@ -112,8 +112,9 @@ def test_what_stays_float32_in_storage() -> None:
 
 def test_the_first_weights_stay_float32_while_they_are_few() -> None:
     proto = model(
-        "a = MatMul(x, first)  b = Relu(a)  c = MatMul(b, second)  y = Identity(c)",
-        "float[2,16] x", "float[2,256] y", first=normal(16, 16), second=normal(16, 2048)[:, :256],
+        "a = Conv(x, first)  b = Relu(a)  c = Conv(b, second)  y = Identity(c)",
+        "float[2,16,3,3] x", "float[2,256,3,3] y", first=normal(16, 16, 1, 1),
+        second=normal(256, 16, 1, 1),
     )  # fmt: skip
     _, notes = run(ConvertFloat16(first_share=0.1), proto)
     assert [n.changed for n in notes] == [False, True]
