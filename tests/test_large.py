@@ -18,7 +18,7 @@ from onnxq import runtime, weights
 from onnxq.core import Pass
 from onnxq.model import Model, values_of
 from onnxq.passes import cleanup, fold_mul, share_initializers
-from onnxq.weights import Scratch, Spilled
+from onnxq.scratch import Scratch, Spilled
 
 TEXT = """<ir_version: 8, opset_import: ["": 17]>
 g (float[N, 512] x) => (float[N, 512] y) {

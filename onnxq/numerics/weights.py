@@ -48,26 +48,40 @@ def fit_weight(
     still fits. All-zero rows have scale 1. Raises ValueError for an unknown method, a weight with
     NaN or infinities, or an importance that is missing or does not fit.
     """
-    if method not in METHODS:
-        raise ValueError(f"unknown method {method!r} for weights: one of {', '.join(METHODS)}")
-    m = _importance(importance, w.shape) if method == "importance" else None
+    m = normalized(importance, w.shape, method)
     low, high = _extremes(w, layout)
-    if not (np.isfinite(low).all() and np.isfinite(high).all()):
-        raise ValueError("a weight must be finite to be quantized")
+    require_finite(low, high)
     channels = layout.axis is not None and layout.size is None
-    floor = DEAD * max(-low.min(initial=0), high.max(initial=0)) if channels else 0.0
+    floor = dead_below(low, high) if channels else 0.0
+    return fit_rows(w, grid, layout, method, m, (low, high), floor)
+
+
+def fit_rows(
+    w: NDArray[Any],
+    grid: Grid,
+    layout: Layout,
+    method: str,
+    importance: Values | None,
+    extremes: tuple[Values, Values],
+    floor: float,
+) -> tuple[Values, NDArray[Any]]:
+    """`fit_weight` where the rows' extremes are known, and which range is a dead one's.
+
+    importance: as `normalized` gives it; w may be a part of the weight.
+    """
+    low, high = extremes
     scale = np.empty(layout.params_shape, np.float32)
     zero = np.empty(layout.params_shape, grid.dtype)
-    importances = [None] * 2 if m is None else layout.views(m)
+    importances = [None] * 2 if importance is None else layout.views(importance)
     params = [layout.params_views(p) for p in (scale, zero, low, high)]
     for view, weights, s, z, lo, hi in zip(layout.views(w), importances, *params, strict=False):
         for rows in Rows.cut(view):
-            extremes = rows.params(lo), rows.params(hi)
-            cover, fixed = _cover(grid, *extremes, floor)
+            ends = rows.params(lo), rows.params(hi)
+            cover, fixed = covered(grid, *ends, floor)
             if method == "minmax" or fixed.all():
                 fit = cover
             else:
-                problem = _problem(grid, rows, (view, weights), extremes, cover)
+                problem = _problem(grid, rows, (view, weights), ends, cover)
                 found = METHODS[method](problem)
                 fit = cover.where(fixed, Fit(_bounded(found.scale / problem.factor), found.zero))
             rows.put(s, fit.scale)
@@ -75,7 +89,18 @@ def fit_weight(
     return scale, zero
 
 
-def _cover(grid: Grid, low: Values, high: Values, floor: float) -> tuple[Fit, NDArray[np.bool_]]:
+def require_finite(low: Values, high: Values) -> None:
+    """Raise ValueError for extremes of values that are not finite."""
+    if not (np.isfinite(low).all() and np.isfinite(high).all()):
+        raise ValueError("a weight must be finite to be quantized")
+
+
+def dead_below(low: Values, high: Values) -> float:
+    """The extent below which a channel is a dead one."""
+    return DEAD * max(-float(low.min(initial=0)), float(high.max(initial=0)))
+
+
+def covered(grid: Grid, low: Values, high: Values, floor: float) -> tuple[Fit, NDArray[np.bool_]]:
     """The fit for the extremes, and the rows for which it stays: dead or tiny ones."""
     lo, hi = low.astype(np.float64), high.astype(np.float64)
     extent = np.maximum(-lo, hi)
@@ -84,7 +109,17 @@ def _cover(grid: Grid, low: Values, high: Values, floor: float) -> tuple[Fit, ND
     return fit, dead | (extent < TINY)
 
 
-def _importance(importance: NDArray[Any] | None, shape: tuple[int, ...]) -> Values:
+def normalized(
+    importance: NDArray[Any] | None, shape: tuple[int, ...], method: str
+) -> Values | None:
+    """The importance of each value for the method, 1 at most; None where it wants none.
+
+    Raises ValueError for an unknown method, and an importance that is missing or does not fit.
+    """
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r} for weights: one of {', '.join(METHODS)}")
+    if method != "importance":
+        return None
     if importance is None:
         raise ValueError(
             "the method importance needs to know the layer's inputs: give data, or use hqq"
