@@ -24,6 +24,7 @@ from onnxq.passes.inline_if import inline_if
 from onnxq.passes.merge_reshapes import merge_reshapes
 from onnxq.passes.merge_slices import merge_slices
 from onnxq.passes.pool_first import pool_first
+from onnxq.passes.quantize_codebook import QuantizeCodebook
 from onnxq.passes.quantize_dynamic import QuantizeDynamic
 from onnxq.passes.quantize_static import QuantizeStatic
 from onnxq.passes.quantize_weights import QuantizeWeights
@@ -68,6 +69,7 @@ PASSES: dict[str, Pass | type[Any]] = {
     "merge_reshapes": merge_reshapes,
     "merge_slices": merge_slices,
     "pool_first": pool_first,
+    "quantize_codebook": QuantizeCodebook,
     "quantize_dynamic": QuantizeDynamic,
     "quantize_static": QuantizeStatic,
     "quantize_weights": QuantizeWeights,
@@ -80,6 +82,7 @@ PASSES: dict[str, Pass | type[Any]] = {
 
 __all__ = [
     "PASSES",
+    "QuantizeCodebook",
     "QuantizeDynamic",
     "QuantizeStatic",
     "QuantizeWeights",

@@ -81,37 +81,96 @@ def evened(scheme: QuantScheme, held: Held) -> QuantScheme:
     return replace(scheme, granularity=PerGroup(-(-held.length // groups), 1))
 
 
-def stored(model: Model, at: gs.Node | None, tensor: gs.Tensor, packed: Packed) -> gs.Tensor:
-    """Write the weight as Cast, Sub, Mul in the graph of `at` (None: the main one)."""
-    return _Unpacking(model, at, tensor, packed).write()
+def stored(on: Emitter, packed: Packed) -> gs.Tensor:
+    """Write a weight as Cast, Sub, Mul."""
+    return _Unpacking(on, packed).write()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Emitter:
+    """Adds the nodes that unpack one weight, named after it, to the graph of `at` (None: main)."""
+
+    model: Model
+    at: gs.Node | None
+    tensor: gs.Tensor
+
+    def constant(self, name: str, values: NDArray[Any]) -> gs.Constant:
+        """A constant named after the weight."""
+        return self.model.constant(self._named(name), values)
+
+    def emit(
+        self,
+        op: str,
+        *inputs: gs.Tensor,
+        name: str,
+        shape: tuple[int, ...],
+        dtype: Any = np.float32,
+        **attributes: Any,
+    ) -> gs.Tensor:
+        """A node; returns its output, of that shape."""
+        return self.model.emit(
+            op, *inputs, name=self._named(name), dtype=dtype, shape=shape, at=self.at, **attributes
+        )
+
+    def cast(self, tensor: gs.Tensor, dtype: Any, name: str = "cast") -> gs.Tensor:
+        """A Cast."""
+        to = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+        return self.emit("Cast", tensor, name=name, shape=tensor.shape, dtype=dtype, to=to)
+
+    def reshaped(self, tensor: gs.Tensor, shape: tuple[int, ...]) -> gs.Tensor:
+        """A Reshape."""
+        target = self._numbers("shape", list(shape))
+        return self.emit("Reshape", tensor, target, name="whole", shape=shape, dtype=tensor.dtype)
+
+    def cut(self, tensor: gs.Tensor, axis: int, length: int) -> gs.Tensor:
+        """A Slice that keeps the first values along an axis."""
+        window = (("start", 0), ("end", length), ("axis", axis))
+        bounds = [self._numbers(name, [value]) for name, value in window]
+        shape = (*tensor.shape[:axis], length, *tensor.shape[axis + 1 :])
+        return self.emit("Slice", tensor, *bounds, name="cut", shape=shape, dtype=tensor.dtype)
+
+    def as_weight(self, wide: gs.Tensor, held: Held) -> gs.Tensor:
+        """Values with the summed axes last, [channels, values] or so, in the weight's own order."""
+        order = tuple(held.shape[a] for a in held.order)
+        if tuple(wide.shape) != order:
+            wide = self.reshaped(wide, order)
+        if held.order == tuple(range(len(held.shape))):
+            return wide
+        back = [int(i) for i in np.argsort(held.order)]
+        return self.emit("Transpose", wide, name="turned", shape=held.shape, perm=back)
+
+    def narrowed(self, wide: gs.Tensor) -> gs.Tensor:
+        """In the weight's own type, where that is float16."""
+        own = self.tensor.dtype
+        return wide if own == np.float32 else self.cast(wide, own, name="narrow")
+
+    def _numbers(self, name: str, values: list[int]) -> gs.Constant:
+        return self.constant(name, np.array(values, np.int64))
+
+    def _named(self, what: str) -> str:
+        return f"{self.tensor.name}_{what}"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Unpacking:
-    model: Model
-    at: gs.Node | None
-    tensor: gs.Tensor
+    on: Emitter
     packed: Packed
 
     def write(self) -> gs.Tensor:
-        packed = self.packed
+        packed, on = self.packed, self.on
         if packed.has_groups:
             q, lay = self._in_groups()
         else:
             q, lay = packed.held.unrolled(packed.rows), self._beside
-        wide = self._cast(self.model.constant(self._named(str(q.dtype)), q))
+        wide = on.cast(on.constant(str(q.dtype), q), np.float32)
         if (zero := packed.zero_points) is not None:
-            point = self.model.constant(self._named("zero"), np.asarray(lay(zero)))
-            wide = self._emit("Sub", wide, self._cast(point), name="centred", shape=q.shape)
-        scale = lay(np.asarray(packed.params.scale, np.float32))
-        factor = self.model.constant(self._named("scale"), scale)
-        wide = self._emit("Mul", wide, factor, name="unpacked", shape=q.shape)
+            point = on.cast(on.constant("zero", np.asarray(lay(zero))), np.float32)
+            wide = on.emit("Sub", wide, point, name="centred", shape=q.shape)
+        factor = on.constant("scale", lay(np.asarray(packed.params.scale, np.float32)))
+        wide = on.emit("Mul", wide, factor, name="unpacked", shape=q.shape)
         if packed.has_groups:
             wide = self._as_weight(wide, q.shape)
-        if self.tensor.dtype != np.float32:
-            kind = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(self.tensor.dtype))
-            wide = self._emit("Cast", wide, name="narrow", dtype=self.tensor.dtype, to=kind)
-        return wide
+        return on.narrowed(wide)
 
     def _beside(self, params: NDArray[Any]) -> NDArray[Any]:
         """Scales or zero points of rows, in the weight's axes; scalars as they are."""
@@ -149,48 +208,15 @@ class _Unpacking:
 
     def _as_weight(self, wide: gs.Tensor, shape: tuple[int, ...]) -> gs.Tensor:
         """Undo `_in_groups`."""
-        held = self.packed.held
+        held, on = self.packed.held, self.on
         before, groups, size, behind = shape
         if groups * size != held.length:
-            wide = self._reshaped(wide, (before, groups * size, behind))
-            window = (("start", 0), ("end", held.length), ("axis", 1))
-            bounds = [self._numbers(name, [value]) for name, value in window]
-            cut = (before, held.length, behind)
-            wide = self._emit("Slice", wide, *bounds, name="cut", shape=cut)
+            wide = on.reshaped(wide, (before, groups * size, behind))
+            wide = on.cut(wide, 1, held.length)
         first, last = held.summed[0], held.summed[-1]
         if last - first + 1 == len(held.summed):
-            return self._reshaped(wide, held.shape)
-        wide = self._reshaped(wide, tuple(held.shape[a] for a in held.order))
-        back = [int(i) for i in np.argsort(held.order)]
-        return self._emit("Transpose", wide, name="turned", perm=back)
-
-    def _reshaped(self, wide: gs.Tensor, shape: tuple[int, ...]) -> gs.Tensor:
-        target = self._numbers("shape", list(shape))
-        return self._emit("Reshape", wide, target, name="whole", shape=shape)
-
-    def _numbers(self, name: str, values: list[int]) -> gs.Constant:
-        return self.model.constant(self._named(name), np.array(values, np.int64))
-
-    def _cast(self, integers: gs.Constant) -> gs.Tensor:
-        to = onnx.TensorProto.FLOAT
-        return self._emit("Cast", integers, name="cast", shape=integers.shape, to=to)
-
-    def _named(self, what: str) -> str:
-        return f"{self.tensor.name}_{what}"
-
-    def _emit(
-        self,
-        op: str,
-        *inputs: gs.Tensor,
-        name: str,
-        shape: tuple[int, ...] | None = None,
-        dtype: Any = np.float32,
-        **attributes: Any,
-    ) -> gs.Tensor:
-        return self.model.emit(
-            op, *inputs, name=self._named(name), dtype=dtype,
-            shape=self.packed.held.shape if shape is None else shape, at=self.at, **attributes,
-        )  # fmt: skip
+            return on.reshaped(wide, held.shape)
+        return on.as_weight(wide, held)
 
 
 def dequantized(model: Model, at: gs.Node, tensor: gs.Tensor, packed: Packed) -> gs.Tensor:

@@ -24,7 +24,7 @@ from onnxq.core import Note, Skip
 from onnxq.data import Samples
 from onnxq.layers import Choice, Layers
 from onnxq.model import Model
-from onnxq.passes.encodings import Encoding, Packed, dequantized, evened, opset_for
+from onnxq.passes.encodings import Encoding, Packed, dequantized, evened, opset_for, stored
 from onnxq.passes.importance import Importance, observed
 from onnxq.passes.layouts import Held
 from onnxq.passes.weight_kernels import why_no_gain, why_no_kernel
@@ -291,7 +291,7 @@ class _Work:
             return made
 
         if job.encoding == "storage":
-            self.unpacked.use(weight, job.scheme.format, packed)
+            self.unpacked.use(weight, job.scheme.format, lambda on: stored(on, packed()))
         else:
             node, tensor = weight.node, weight.tensor
             node.inputs[weight.held.index] = dequantized(self.model, node, tensor, packed())

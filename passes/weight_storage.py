@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from onnxq.core import Note, Skip
 from onnxq.layers import Choice, Layers
 from onnxq.model import Model, readers, values_of
-from onnxq.passes.encodings import STORAGE_SINCE, Encoding, Packed, opset_for, stored
+from onnxq.passes.encodings import STORAGE_SINCE, Emitter, Encoding, opset_for
 from onnxq.passes.layouts import WEIGHTS, Held, held_by
 from onnxq.passes.ops import is_constant
 from onnxq.passes.sensitive import OUTPUT_SHARE, output_convolutions
@@ -104,20 +104,19 @@ class Unpacked:
     model: Model
     done: dict[tuple[int, tuple[int, ...], str], gs.Tensor] = field(default_factory=dict)
 
-    def use(self, weight: Found, form: str, packed: Callable[[], Packed]) -> None:
+    def use(self, weight: Found, form: str, write: Callable[[Emitter], gs.Tensor]) -> None:
         """Let the node, and what moves the weight, read it unpacked.
 
-        form: what tells apart numbers that one weight is stored in; packed: makes them, called
-        where that was not yet done. What several graphs read is unpacked once, in the main one;
-        bodies capture it.
+        form: what tells apart numbers that one weight is stored in; write: adds what unpacks them,
+        called where that was not yet done. What several graphs read is unpacked once, in the main
+        one; bodies capture it.
         """
         tensor = weight.tensor
         key = id(tensor), weight.held.key, form
         if key not in self.done:
-            numbers = packed()
             users = {id(self.model.graph_of(user)) for user in tensor.outputs}
             at = weight.node if len(users) == 1 else None
-            self.done[key] = stored(self.model, at, tensor, numbers)
+            self.done[key] = write(Emitter(self.model, at, tensor))
         weight.node.inputs[weight.held.index] = self.done[key]
         for reader, index in list(readers(tensor)):
             if reader.op in MOVES and index == 0:

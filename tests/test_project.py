@@ -19,7 +19,7 @@ SHARED = {
     "ops", "work", "costs", "placement", "ranges", "sensitive", "linear",
     "sizes", "size_algebra", "shape_rules", "value_rules", "activations",
     "formats", "insertion", "float_layers", "encodings", "layouts", "weight_kernels",
-    "weight_storage", "importance", "dynamic_costs", "dynamic_layers",
+    "weight_storage", "codebook_encoding", "importance", "dynamic_costs", "dynamic_layers",
 }  # fmt: skip
 
 
