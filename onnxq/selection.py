@@ -183,7 +183,7 @@ def _judge(
 def _planned(recipe: Recipe, setting: Setting) -> tuple[Pass, ...]:
     return plan(
         recipe, setting.target, setting.fitting, calibration=setting.calibration,
-        progress=setting.job.sample_progress(len(setting.fitting)),
+        progress=setting.job.sample_progress(len(setting.fitting)), crew=setting.job.crew(),
     ).passes  # fmt: skip
 
 

@@ -89,10 +89,14 @@ def fit_rows(
     return scale, zero
 
 
+class NotFiniteError(ValueError):
+    """A weight has NaN or infinities."""
+
+
 def require_finite(low: Values, high: Values) -> None:
-    """Raise ValueError for extremes of values that are not finite."""
+    """Raise NotFiniteError for extremes of values that are not finite."""
     if not (np.isfinite(low).all() and np.isfinite(high).all()):
-        raise ValueError("a weight must be finite to be quantized")
+        raise NotFiniteError("a weight must be finite to be quantized")
 
 
 def dead_below(low: Values, high: Values) -> float:
