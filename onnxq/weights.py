@@ -238,6 +238,21 @@ def reader(values: Values) -> Callable[[int, NDArray[np.float32]], None]:
     return copied
 
 
+def bytes_of(values: Values) -> Callable[[int, int], Any]:
+    """Reads bytes as a file has them, from a place on, so many; nothing is mapped."""
+    if isinstance(values, Stored) and values.file is not None:
+        file, offset = values.file, values.offset
+
+        def read(start: int, count: int) -> Any:
+            out = np.empty(count, np.uint8)
+            file.read(offset + start, out)
+            return out.data
+
+        return read
+    whole = raw_bytes(np.asarray(values.load() if isinstance(values, LazyValues) else values))
+    return lambda start, count: whole[start : start + count]
+
+
 def reshaped(values: Values, shape: tuple[int, ...]) -> Values:
     """Values with another shape; stored ones stay where they are."""
     return values.reshaped(shape) if isinstance(values, Stored) else values.reshape(shape)
