@@ -7,9 +7,9 @@ import os
 import tempfile
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import onnx
@@ -104,16 +104,29 @@ class DataFile:
             )
         return np.frombuffer(pages, np.uint8, size, offset - start)
 
-    def chunks(self, offset: int, size: int) -> Iterator[bytes]:
-        """The bytes in pieces, so that copying a tensor of gigabytes takes megabytes."""
-        with self._open() as descriptor, os.fdopen(os.dup(descriptor), "rb", buffering=0) as file:
-            file.seek(offset)
-            while size:
-                piece = file.read(min(size, CHUNK))
-                if not piece:
-                    raise ModelError(f"{self.path}: became shorter while it was read")
-                yield piece
-                size -= len(piece)
+    def copy_to(self, out: BinaryIO, offset: int, size: int) -> None:
+        """Append bytes to a file, in pieces, so that a tensor of gigabytes takes megabytes."""
+        out.flush()
+        with self._open() as descriptor:
+            done = self._copied_by_the_system(descriptor, out, offset, size)
+            buffer = np.empty(min(size - done, CHUNK), np.uint8)
+            while done < size:
+                piece = buffer[: size - done]
+                self.read(offset + done, piece)
+                out.write(piece.data)
+                done += piece.size
+
+    def _copied_by_the_system(self, descriptor: int, out: BinaryIO, offset: int, size: int) -> int:
+        """How much was copied without coming here; some file systems only share it."""
+        done = 0
+        with suppress(OSError, AttributeError):  # another file system, or another system
+            while done < size:
+                count = os.copy_file_range(descriptor, out.fileno(), size - done, offset + done)
+                if not count:
+                    break
+                done += count
+        out.seek(0, os.SEEK_END)
+        return done
 
 
 _READ = os.O_RDONLY | getattr(os, "O_BINARY", 0)

@@ -352,8 +352,7 @@ class DataWriter:
         self.file.write(bytes(-self.file.tell() % ALIGNMENT))
         offset = self.file.tell()
         if isinstance(held, Stored) and held.file is not None:
-            for piece in held.file.chunks(held.offset, held.nbytes):
-                self.file.write(piece)
+            held.file.copy_to(self.file, held.offset, held.nbytes)
         else:
             self.file.write(raw_bytes(values_in(constant)))
         out = header(constant)
