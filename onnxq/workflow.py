@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,11 +13,18 @@ from onnxq.choosing import Objective
 from onnxq.data import ImageOptions, Samples, Spec
 from onnxq.errors import RecipeError
 from onnxq.job import Job, Progress
+from onnxq.leftovers import temporary_folder
 from onnxq.loading import ModelLike, PathLike, load, name_of, size_of
 from onnxq.model import Model
 from onnxq.ortformat import check_name, write_ort
 from onnxq.plausibility import doubts
-from onnxq.preconditions import blames_the_model, check_output, require_budget, require_outputs
+from onnxq.preconditions import (
+    blames_the_model,
+    check_output,
+    require_budget,
+    require_memory,
+    require_outputs,
+)
 from onnxq.recipes import load_recipe, plan, wants
 from onnxq.report import Report
 from onnxq.sampling import NO_SAMPLES, Need, samples_needed, split
@@ -49,6 +55,7 @@ def optimize(
     validate: bool | None = None,
     allow_unchanged: bool = False,
     dry_run: bool = False,
+    max_memory: int | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Optimize a model by a recipe for a target, compare it with the original, and write it.
@@ -59,15 +66,16 @@ def optimize(
     calibration: a file; re-used when it is there, written when not. objective: what a recipe that
     chooses (auto) looks at first. min_sqnr: dB that every output must reach; 20 where a recipe
     chooses. validate: whether to compare; None leaves it out where the recipe does not run the
-    model anyway and that is large or nothing for onnxruntime. output None, or dry_run: nothing is
-    written.
+    model anyway and that is large or nothing for onnxruntime. max_memory: bytes for the process
+    while it works on weights; a model that onnxruntime would need more for is not run. output
+    None, or dry_run: nothing is written.
 
     Raises OnnxqError: ModelError, DataError, RecipeError for what cannot be used; BudgetError when
     min_sqnr is missed, nothing was quantized, or the target has no floats and they are needed
     (nothing is written then).
     """
     require_budget(min_sqnr, validate=validate)
-    job, written = Job(progress, asked=layers), None if dry_run else output
+    job, written = Job(progress, layers, max_memory), None if dry_run else output
     with job.stage("load"):
         chosen, aim = configured(load_recipe(recipe), settings, layers), load_target(target)
         plan(chosen, aim, None)  # what cannot be is refused before the model is read
@@ -78,6 +86,7 @@ def optimize(
             check_output(model, edited, written, (data, calibration))
             if aim.file_format == "ort":
                 check_name(written)
+            edited.scratch.folder = Path(written).parent
         require_outputs(edited, name_of(model))
         before = size_of(original, edited), len(edited.nodes()), edited.opset
     fits = wants(chosen, "samples") and (data is not None or not chosen.choose)
@@ -86,7 +95,9 @@ def optimize(
         with job.stage("load"):
             must = runs or bool(validate) or min_sqnr is not None
             need: Need = "must" if must else "may" if validate is None else "no"
-            samples, why = samples_needed(need, original, edited, data, images)
+            if need == "must":
+                require_memory(edited, max_memory, chosen.name if runs else None)
+            samples, why = samples_needed(need, original, edited, data, images, max_memory)
             job.warnings += [f"not compared with the original: {why}"] if why else []
             job.warnings += doubts(edited, samples)
             job.warnings += [SYNTHETIC_RANGES] if fits and data is None else []
@@ -144,8 +155,8 @@ def _statistics_file(calibration: PathLike | None) -> Iterator[Path]:
     if calibration is not None:
         yield Path(calibration)
         return
-    with tempfile.TemporaryDirectory(prefix="onnxq-") as folder:
-        yield Path(folder) / "calibration.npz"
+    with temporary_folder() as folder:
+        yield folder / "calibration.npz"
 
 
 def _validated_on(samples: Samples, held: Samples, used: int) -> str:

@@ -8,6 +8,7 @@ import click
 
 from onnxq.cli.common import (
     data_option,
+    memory_option,
     output_options,
     progress_bar,
     recipe_option,
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
 @click.option(
     "--allow-unchanged", is_flag=True, help="Write the model even if nothing was quantized."
 )
+@memory_option
 @setting_options
 @image_options
 @output_options
@@ -79,6 +81,7 @@ def optimize(
     dry_run: bool,
     validate: bool | None,
     allow_unchanged: bool,
+    max_memory: int | None,
     json_file: str | None,
     quiet: bool,
 ) -> None:
@@ -107,7 +110,7 @@ def optimize(
             model, output, data=data, images=images, recipe=recipe, target=target,
             settings=settings, layers=layers, calibration=calibration, objective=objective,
             min_sqnr=min_sqnr, validate=validate,
-            allow_unchanged=allow_unchanged, progress=progress,
+            allow_unchanged=allow_unchanged, max_memory=max_memory, progress=progress,
         )  # fmt: skip
     if save_plan is not None:
         write_text(save_plan, report.plan.to_toml())
