@@ -21,6 +21,20 @@ TALL = 128  # rows of fewer values are laid out as columns, so that numpy adds w
 Box = tuple[slice, ...]
 
 
+class Space:
+    """Buffers that one thread uses again and again: touching fresh memory takes longer than adding."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, NDArray[np.float32]] = {}
+
+    def take(self, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
+        """The buffer of that name, with anything in it."""
+        size, held = prod(shape), self._held.get(name)
+        if held is None or held.size < size:
+            held = self._held[name] = np.empty(size, np.float32)
+        return held[:size].reshape(shape)
+
+
 @dataclass(frozen=True, slots=True)
 class Layout:
     """How the values of a tensor of `shape` share scales; axis is not negative."""

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxq.numerics.grids import SMALL_INTEGERS, Grid
-from onnxq.numerics.grouping import PIECE, Layout
+from onnxq.numerics.grouping import PIECE, Layout, Space
 from onnxq.numerics.weights import covered, dead_below, fit_rows, normalized, require_finite
 
 Values = NDArray[np.float32]
@@ -117,12 +117,9 @@ def quantize_slabs(
     zero = np.empty(shape.params, np.float32)
     if shape.size is None:
         _fit_channels(shape, grid, read, method, m, (scale, zero))
-    buffer = np.empty(0, np.float32)
-    out = _Packer(grid, write)
+    space, out = Space(), _Packer(grid, write)
     for slab in _slabs(shape):
-        if buffer.size < slab.size:
-            buffer = np.empty(slab.size, np.float32)
-        x = buffer[: slab.size]
+        x = space.take("slab", (slab.size,))
         read(slab.start, x)
         if shape.kind == "tensor":
             wide, s, z = x.reshape(1, -1, 1), scale, zero
@@ -130,7 +127,7 @@ def quantize_slabs(
             wide, s, z = x.reshape(slab.shape), scale[slab.at], zero[slab.at]
         if shape.size is not None:
             part = m if m is None else _part(m, shape, slab)
-            _fit_groups(shape.size, grid, wide, method, part, (s, z))
+            _fit_groups(shape.size, grid, wide, method, part, (s, z), space)
             size = min(shape.size, wide.shape[1])
             wide = wide.reshape(-1, size, shape.behind)
         integers = rounded(wide, s.reshape(-1, 1, s.shape[2]), z.reshape(-1, 1, s.shape[2]), grid)
@@ -184,6 +181,7 @@ def _fit_groups(
     method: str,
     m: Values | None,
     params: tuple[Values, Values],
+    space: Space,
 ) -> None:
     """Set scales and zero points of groups; x: whole groups, or one that is short."""
     scale, zero = params
@@ -195,7 +193,7 @@ def _fit_groups(
         scale[...], zero[...] = fit.scale, fit.zero
         return
     layout = Layout.of(x.shape, 1, size)
-    scale[...], zero[...] = fit_rows(x, grid, layout, method, m, (low, high), 0.0)
+    scale[...], zero[...] = fit_rows(x, grid, layout, method, m, (low, high), 0.0, space)
 
 
 def _fit_channels(
@@ -208,8 +206,9 @@ def _fit_channels(
 ) -> None:
     """Set scales and zero points of channels, or of the tensor."""
     low, high = (np.zeros(shape.params, np.float32) for _ in range(2))
+    space = Space()
     for slab in _slabs(shape):
-        x = np.empty(slab.size, np.float32)
+        x = space.take("slab", (slab.size,))
         read(slab.start, x)
         at = (slice(None),) * 2 if shape.kind == "tensor" else slab.at
         wide = x.reshape((1, -1, 1) if shape.kind == "tensor" else slab.shape)

@@ -5,6 +5,8 @@ mse           least squared error by clipping                       `clipping`
 standardized  mean and deviation                                    `clipping`
 hqq           half-quadratic: least p-norm of the errors, p < 1      `hqq`
 importance    least squared error weighted by importance            `leastsquares`
+
+Groups in few bits have mse and hqq by rounding and least squares in turn: `alternating`.
 """
 
 from __future__ import annotations
@@ -15,10 +17,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from onnxq.numerics import alternating
 from onnxq.numerics.clipping import mse, standardized
 from onnxq.numerics.fitting import Fit, Problem, Values, covering
 from onnxq.numerics.grids import SMALLEST_SCALE, Grid
-from onnxq.numerics.grouping import Layout, Rows
+from onnxq.numerics.grouping import Layout, Rows, Space
 from onnxq.numerics.hqq import hqq
 from onnxq.numerics.leastsquares import importance as by_importance
 
@@ -29,6 +32,12 @@ METHODS: dict[str, Callable[[Problem], Fit]] = {
     "hqq": hqq,
     "importance": by_importance,
 }
+SHORT: dict[str, Callable[[Problem], Fit]] = {
+    "mse": alternating.least_squares,
+    "hqq": alternating.least_norm,
+}
+"""How it is done where rows are short and levels few: much faster, and as good."""
+
 DEAD = 2.0**-16  # the least range of a weight's channel, relative to the largest
 TINY = 2.0**-120  # extremes below which scales come near the smallest normal number
 
@@ -64,12 +73,14 @@ def fit_rows(
     importance: Values | None,
     extremes: tuple[Values, Values],
     floor: float,
+    space: Space | None = None,
 ) -> tuple[Values, NDArray[Any]]:
     """`fit_weight` where the rows' extremes are known, and which range is a dead one's.
 
     importance: as `normalized` gives it; w may be a part of the weight.
     """
     low, high = extremes
+    space = Space() if space is None else space
     scale = np.empty(layout.params_shape, np.float32)
     zero = np.empty(layout.params_shape, grid.dtype)
     importances = [None] * 2 if importance is None else layout.views(importance)
@@ -81,8 +92,8 @@ def fit_rows(
             if method == "minmax" or fixed.all():
                 fit = cover
             else:
-                problem = _problem(grid, rows, (view, weights), ends, cover)
-                found = METHODS[method](problem)
+                problem = _problem(grid, rows, (view, weights), ends, cover, space)
+                found = _method(method, problem)(problem)
                 fit = cover.where(fixed, Fit(_bounded(found.scale / problem.factor), found.zero))
             rows.put(s, fit.scale)
             rows.put(z, fit.zero.astype(grid.dtype))
@@ -102,6 +113,11 @@ def require_finite(low: Values, high: Values) -> None:
 def dead_below(low: Values, high: Values) -> float:
     """The extent below which a channel is a dead one."""
     return DEAD * max(-float(low.min(initial=0)), float(high.max(initial=0)))
+
+
+def _method(name: str, problem: Problem) -> Callable[[Problem], Fit]:
+    short = SHORT.get(name) if alternating.is_short(problem) else None
+    return short or METHODS[name]
 
 
 def covered(grid: Grid, low: Values, high: Values, floor: float) -> tuple[Fit, NDArray[np.bool_]]:
@@ -159,12 +175,14 @@ def _problem(
     views: tuple[NDArray[Any], Values | None],
     extremes: tuple[Values, Values],
     cover: Fit,
+    space: Space,
 ) -> Problem:
     low, high = extremes
     exponent = np.clip(np.frexp(np.maximum(-low, high))[1], -126, 126)
     factor = np.ldexp(np.float32(1), -exponent)
     start = Fit(cover.scale * factor, cover.zero)
-    return Problem(grid, rows, *views, factor, low * factor, high * factor, start).kept()
+    ends = low * factor, high * factor
+    return Problem(grid, rows, *views, factor, *ends, start, space=space).kept()
 
 
 def _bounded(scale: Values) -> Values:
