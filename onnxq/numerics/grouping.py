@@ -22,7 +22,7 @@ Box = tuple[slice, ...]
 
 
 class Space:
-    """Buffers that one thread uses again and again: touching fresh memory takes longer than adding."""
+    """Buffers that one thread uses again and again: fresh memory takes long to touch."""
 
     def __init__(self) -> None:
         self._held: dict[str, NDArray[np.float32]] = {}

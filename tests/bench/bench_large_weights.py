@@ -4,7 +4,7 @@
 
 The model is a stack of MatMuls of 4096 x 4096, float32, with external data; it is made in a
 temporary folder (beside it the results), which is deleted afterwards. Each thing is a process of
-its own and they run in turn, the best of the rounds counts: int4 in groups of 32 by `onnxq optimize`
+its own, in turn, the best of the rounds counts: int4 in groups of 32 by `onnxq optimize`
 and by the Python API, by ONNX Runtime's MatMulNBitsQuantizer (which needs `pip install onnx-ir`;
 left out without), HQQ, and other formats; RUNS=int4,int8 takes only these. seconds: the whole
 process; work: without imports, where what runs says so; cpu: user and system time of all threads.
@@ -79,7 +79,6 @@ def run(command: list[str], path: Path) -> dict[str, float] | None:
     out = path.with_name("out.onnx")
     start = time.perf_counter()
     filled = [part.replace("IN", str(path)).replace("OUT", str(out)) for part in command]
-    start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     with subprocess.Popen(filled, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         said = process.stdout.read().split()
