@@ -52,7 +52,13 @@ class Problem:
 
     def kept(self) -> Problem:
         """The problem with its values at hand, if they are one piece."""
-        return replace(self, held=tuple(self.pieces())) if len(self.rows.pieces) == 1 else self
+        if len(self.rows.pieces) != 1:
+            return self
+        (box,) = self.rows.pieces
+        m = None if self.importance is None else self.rows.read(self.importance, box)
+        x = self.rows.read(self.values, box, self.space)
+        x *= self.factor
+        return replace(self, held=((x, m),))
 
     def without_importance(self) -> Problem:
         """The problem of the plain squared error."""

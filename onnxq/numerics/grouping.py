@@ -147,13 +147,19 @@ class Rows:
         n = prod(self.shape)
         return (1, n) if self.tall else (n, 1)
 
-    def read(self, view: NDArray[Any], piece: Box) -> NDArray[np.float32]:
-        """A piece: values x rows if tall, else rows x values; a copy as float32."""
+    def read(
+        self, view: NDArray[Any], piece: Box, space: Space | None = None
+    ) -> NDArray[np.float32]:
+        """A piece: values x rows if tall, else rows x values; a copy as float32.
+
+        space: the copy goes into its buffer "x".
+        """
         part = view[(*self.at, *piece)]
         length = prod(part.shape[3:])
         if self.tall:
             part = part.transpose(3, 4, 0, 1, 2)
-        out = np.array(part, np.float32, order="C")
+        out = (space or Space()).take("x", part.shape)
+        out[...] = part
         return out.reshape((length, -1) if self.tall else (-1, length))
 
     def write(self, view: NDArray[Any], piece: Box, values: NDArray[Any]) -> None:
