@@ -18,9 +18,11 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxq.numerics.codebooks import NF4, Nearest
-from onnxq.numerics.scaling import absmax
+from onnxq.numerics.codebooks import NF4, exponential, geometric, logarithmic
+from onnxq.numerics.learning import fit_kmeans, fit_shape
+from onnxq.numerics.scaling import Rows, indices
 from onnxq.numerics.sharing import Sharing
+from onnxq.numerics.vectors import fit_vectors, vector_indices
 from onnxq.schemes import Granularity, PerChannel, PerGroup, PerTensor
 
 Kind = Literal["nf4", "kmeans", "power-of-two", "logarithmic", "exponential", "vector"]
@@ -103,9 +105,10 @@ class Codes:
 
     def values(self, length: int) -> NDArray[np.float32]:
         """The rows, [channels, length]: each value is one float32 product."""
-        channels = len(self.indices)
-        out = self.codebook.take(self.indices, axis=0).reshape(channels, -1)[:, :length]
-        out = np.ascontiguousarray(out)
+        channels, count = self.indices.shape
+        dim = self.codebook[0].size
+        out = self.codebook.take(self.indices, axis=0).reshape(channels, count * dim)
+        out = np.ascontiguousarray(out[:, :length])
         if self.group_size is None:
             out *= self.scale[:, None] if self.scale.ndim else self.scale
             return out
@@ -132,19 +135,54 @@ def fit_codebook(
     """
     rows = _checked(rows)
     sharing = scheme.sharing((rows.shape[0], rows.shape[1]))
-    codebook = np.array(NF4, np.float32)
-    scale = absmax(rows, sharing)
-    indices = np.empty(rows.shape, np.uint8)
-    nearest = Nearest(codebook)
-    for block in sharing.blocks():
-        block.of(indices)[...] = nearest(block.of(rows) / block.params(scale))
-    return Codes(indices, codebook, scale.reshape(sharing.public_shape), sharing.size)
+    task = Rows(rows, sharing, _importance(importance, rows.shape))
+    if scheme.kind == "vector":
+        codebook, scale = fit_vectors(task, scheme.entries, scheme.dim, seed)
+        index = vector_indices(task, codebook, scale)
+    else:
+        codebook, scale = _fit(task, scheme)
+        index = indices(task, codebook, scale)
+    if (codebook.reshape(len(codebook), -1) == 0).all(1).any():
+        scale = np.where(scale == 0, np.float32(1), scale)
+    return Codes(index, codebook, scale.reshape(sharing.public_shape), sharing.size)
+
+
+def _fit(rows: Rows, scheme: CodebookScheme) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Codebook and scales of codebooks of single values."""
+    match scheme.kind:
+        case "nf4":
+            return np.array(NF4, np.float32), rows.start(signed=False)
+        case "power-of-two":
+            return fit_shape(rows, geometric(scheme.bits, 2))
+        case "logarithmic":
+            return fit_shape(rows, logarithmic(scheme.bits))
+        case "exponential":
+            return fit_shape(rows, exponential(scheme.bits))
+        case _:
+            return fit_kmeans(rows, scheme.entries)
 
 
 def _checked(rows: NDArray[Any]) -> NDArray[np.float32]:
-    rows = np.ascontiguousarray(rows, np.float32)
+    rows = np.asarray(rows)
     if rows.ndim != 2:
         raise ValueError(f"rows are [channels, values], not {rows.ndim}-dimensional: reshape")
+    rows = np.ascontiguousarray(rows, np.float32)
     if not np.isfinite(rows).all():
         raise ValueError("a weight with NaN or infinities has no codebook: keep it float")
     return rows
+
+
+def _importance(
+    importance: NDArray[Any] | None, shape: tuple[int, ...]
+) -> NDArray[np.float32] | None:
+    """Importance over its greatest, as a view of the rows' shape; None if there is none."""
+    if importance is None:
+        return None
+    wide = np.asarray(importance, np.float64)
+    if not np.isfinite(wide).all() or (wide < 0).any():
+        raise ValueError("importance must be finite and not negative: give mean squares")
+    try:
+        seen = np.broadcast_to((wide / (wide.max(initial=0) or 1)).astype(np.float32), shape)
+    except ValueError:
+        raise ValueError(f"importance {wide.shape} does not fit rows {shape}: broadcast") from None
+    return seen if seen.any() else None

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
+import numpy as np
 import onnx_graphsurgeon as gs
 
+from onnxq.layers import is_lookup, unpacked
 from onnxq.model import Model, producer
 from onnxq.passes.ops import OPS
 from onnxq.passes.work import INTEGER, RECURRENT, Shapes, macs
@@ -59,7 +61,7 @@ def coverage(model: Model, shapes: Shapes | None = None) -> Coverage:
     for graph in model.graphs():
         for tensor in graph.tensors().values():
             if isinstance(tensor, gs.Constant) and (kind := _stored(tensor)) is not None:
-                stored[kind] += 4 * prod(tensor.shape)
+                stored[kind] += 4 * prod(unpacked(tensor).shape if kind else tensor.shape)
     return Coverage(
         macs=total,
         quantized_macs=sum(work[key] for key in integer),
@@ -98,6 +100,8 @@ def _stored(tensor: gs.Constant) -> bool | None:
             for r in node.outputs[0].outputs
         ):
             return True
-        if node.op in ("Gather", "Transpose", "Reshape"):
+        if is_lookup(node) and node.outputs[0].dtype == np.float32:  # in a codebook
+            return True
+        if node.op in ("Gather", "Transpose", "Reshape", "Cast", "Div", "Mod", "Slice"):
             todo += [reader for out in node.outputs for reader in out.outputs]
     return None

@@ -44,6 +44,7 @@ CONTRIB = ("MatMulNBits", "DynamicQuantizeMatMul", "DynamicQuantizeLSTM")
 # What a stored weight is unpacked with.
 UNPACKING = (
     "DequantizeLinear", "Cast", "Sub", "Mul", "Add", "Gather", "Reshape", "Transpose", "Identity",
+    "Slice", "Div", "Mod", "ReduceSum",
 )  # fmt: skip
 
 NARROW = {data_type_of(f.dtype) for name, f in FORMATS.items() if name != "int32"}
@@ -176,10 +177,26 @@ def _ends(model: Model, choices: Sequence[Choice]) -> dict[str, list[gs.Node]]:
 
 def has_weight(node: gs.Node) -> bool:
     """Whether it is a layer with a weight: a matrix or more that is stored in the file."""
-    if node.op not in WEIGHTS or (node.domain and node.op not in CONTRIB):
+    if node.op not in WEIGHTS or (node.domain and node.op not in CONTRIB) or is_lookup(node):
         return False
     held = [node.inputs[i] for i in WEIGHTS[node.op] if i < len(node.inputs)]
     return any(_is_stored(t) and (t.shape is None or len(t.shape) > 1) for t in held)
+
+
+def is_lookup(node: gs.Node) -> bool:
+    """Whether it takes stored values at stored indices: a part of how a weight is unpacked."""
+    return node.op == "Gather" and all(_is_stored(t) for t in node.inputs)
+
+
+def unpacked(constant: gs.Tensor) -> gs.Tensor:
+    """The last tensor that is unpacked from a constant and others, and nothing else."""
+    tensor = constant
+    while tensor.outputs and tensor.outputs[0].op in UNPACKING:
+        after = tensor.outputs[0].outputs[0]
+        if after.shape is None or not _is_stored(after):
+            break
+        tensor = after
+    return tensor
 
 
 def is_packed(node: gs.Node) -> bool:

@@ -53,7 +53,9 @@ OPERANDS: dict[str, tuple[tuple[str, int, int, int], ...]] = {
 }
 LAYER = {"QLinearConv": "Conv", "QLinearMatMul": "MatMul"}
 # What weights in few bits are unpacked with when a model is loaded.
-UNPACKING = ("Cast", "Sub", "Mul", "Gather", "Reshape", "Slice", "Transpose")
+UNPACKING = (
+    "Cast", "Sub", "Mul", "Gather", "Reshape", "Slice", "Transpose", "Div", "Mod", "ReduceSum",
+)  # fmt: skip
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 # How far a bias's scale may be from s_x s_w: float32 products are rounded.
 SAME_SCALE = 1e-5

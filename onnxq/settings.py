@@ -33,6 +33,7 @@ class Settings:
     granularity: one scale a tensor, channel or group; group_size: values of a group. symmetric: no
     zero points in weights. range, activation_range: how ranges of weights, of activations are
     chosen. bias: int32 or float. encoding: how weights are written (auto, compute or storage).
+    codebook, bits, dim: kind of codebooks, bits of an index, weights that share one.
     """
 
     weights: str | None = None
@@ -44,6 +45,9 @@ class Settings:
     activation_range: str | None = None
     bias: str | None = None
     encoding: str | None = None
+    codebook: str | None = None
+    bits: int | None = None
+    dim: int | None = None
 
     @property
     def given(self) -> dict[str, Any]:

@@ -6,8 +6,8 @@ It is computed once, when the model is loaded: the file is small and the speed t
 the codebook is chosen: `onnxq.codebooks`; how it is written: `onnxq.passes.codebook_encoding`.
 
 Layers can have a linear format instead (`onnxq.passes.encodings`): where an override asks for one;
-where it takes no more bits than indices, scales and codebook together; and what multiplies the
-state of LSTM, GRU and RNN, whose errors add up from step to step.
+where int8 takes no more bits than indices, scales and codebook together; and for what multiplies
+the state of LSTM, GRU and RNN, whose errors add up from step to step.
 """
 
 from __future__ import annotations
@@ -51,7 +51,6 @@ from onnxq.targets import Target
 
 NAME = "quantize_codebook"
 LINEAR = "int8"  # where a codebook is not worth it, or not safe
-RECURRENT_GROUP = 16  # values that share a scale in int8 weights of LSTM, GRU and RNN
 BITS, VECTOR_BITS, VECTOR_DIM = 4, 8, 4  # where not given
 WEIGHED = "importance"
 
@@ -168,8 +167,7 @@ class QuantizeCodebook:
         """How a weight is quantized in a linear format."""
         numbers, shared = FORMATS[format], self._shared()
         if numbers.bits >= 8 and not isinstance(shared, PerTensor):
-            is_recurrent = weight.node.op in RECURRENT
-            shared = PerGroup(RECURRENT_GROUP, 1) if is_recurrent else PerChannel(0)
+            shared = PerChannel(0)
         if isinstance(shared, PerGroup) and weight.held.length <= shared.size:
             shared = PerChannel(0)
         return evened(QuantScheme(format, shared), weight.held)
@@ -251,7 +249,7 @@ class _Work:
         if is_state and options.state == LINEAR:
             return self._linear(weight, LINEAR, storage, " (it multiplies the state)")
         bits = _bits(weight.held, scheme, storage)
-        if bits >= linear_bits(weight.held, options.linear(weight, LINEAR)):
+        if _is_dear(weight, scheme, bits, options.linear(weight, LINEAR)):
             return self._linear(weight, LINEAR, storage, f" (a codebook takes {bits:.1f} bits)")
         if not weight.is_worth(bits):
             raise Skip(f"{bits:.1f} bits a weight, codebook and scales included, save nothing")
@@ -290,8 +288,21 @@ class _Work:
         self.notes.append(Note(NAME, weight.node.name, text))
 
 
+def _is_dear(weight: Found, scheme: CodebookScheme, bits: float, linear: QuantScheme) -> bool:
+    """Whether int8 is the better choice: it takes no more, and its values lie closer.
+
+    Those of 8-bit indices do not; there it is the codebook itself that may be too large.
+    """
+    if scheme.bits == 8 and scheme.dim == 1:
+        return 32 * scheme.entries > weight.size  # a bit a weight
+    return bits >= linear_bits(weight.held, linear)
+
+
 def _bits(held: Held, scheme: CodebookScheme, storage: IndexStorage) -> float:
-    """Bits a weight, with scales and the codebook."""
-    values, rows = held.length, prod(held.shape) // held.length
-    vectors = -(-values // scheme.dim) / values
-    return scheme.bits_per_weight((rows, values)) + (storage.each - scheme.bits) * vectors
+    """Bits a weight, with scales and the codebook, as they lie in the file."""
+    values, grain = held.length, scheme.granularity
+    whole = grain.size if isinstance(grain, PerGroup) else scheme.dim
+    indices = -(-values // whole) * whole / scheme.dim  # the last ones filled up
+    needed = -(-values // scheme.dim)
+    bits = scheme.bits_per_weight((prod(held.shape) // values, values))
+    return bits + (indices * storage.each - needed * scheme.bits) / values

@@ -15,7 +15,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from onnxq.core import Note, Skip
-from onnxq.layers import Choice, Layers
+from onnxq.layers import Choice, Layers, is_lookup
 from onnxq.model import Model, readers, values_of
 from onnxq.passes.encodings import STORAGE_SINCE, Emitter, Encoding, opset_for
 from onnxq.passes.layouts import WEIGHTS, Held, held_by
@@ -73,6 +73,8 @@ def find_weights(
     found: list[Found] = []
     notes: list[Note] = []
     for node in model.nodes(*WEIGHTS):
+        if is_lookup(node):
+            continue
         choice = choices.get(id(node))
         why = "a small output layer: its result shows each step" if id(node) in spared else None
         if choice is not None:

@@ -48,9 +48,11 @@ CASES = {
 }  # fmt: skip
 
 
-def model(body: str, inputs: str, outputs: str, dtype: type = np.float32) -> Model:
+def model(
+    body: str, inputs: str, outputs: str, dtype: type = np.float32, *, opset: int = 17
+) -> Model:
     proto = parser.parse_model(
-        f'<ir_version: 8, opset_import: ["": 17]> g ({inputs}) => ({outputs}) {{ {body} }}'
+        f'<ir_version: 8, opset_import: ["": {opset}]> g ({inputs}) => ({outputs}) {{ {body} }}'
     )
     rng = np.random.default_rng(2)
     for name, shape in SHAPES.items():

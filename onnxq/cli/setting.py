@@ -11,6 +11,7 @@ import click
 from onnxq.cli.completing import complete_format, complete_layer
 
 RANGES = ("minmax", "mse", "standardized", "hqq", "importance")
+CODEBOOKS = ("kmeans", "nf4", "power-of-two", "logarithmic", "exponential", "vector")
 
 OPTIONS = (
     click.option(
@@ -47,6 +48,17 @@ OPTIONS = (
     click.option(
         "--encoding", type=click.Choice(["auto", "compute", "storage"]),
         help="Weights beside float activations: multiplied as integers, or unpacked at load.",
+    ),
+    click.option(
+        "--codebook", type=click.Choice(CODEBOOKS), help="How codebooks of weights are chosen."
+    ),
+    click.option(
+        "--bits", type=click.IntRange(1, 8), metavar="N",
+        help="Bits of an index into a codebook, 1 to 8; default: 4, of vectors 8.",
+    ),
+    click.option(
+        "--dim", type=click.IntRange(2, 8), metavar="N",
+        help="Weights that share an index, with --codebook vector; default: 4.",
     ),
     click.option(
         "--layer", "layers", multiple=True, metavar="PATTERN=FORMAT",

@@ -1,12 +1,14 @@
 """Codebooks of given shapes, and the entry nearest to a value.
 
+Powers: Miyashita et al., "Convolutional neural networks using logarithmic data representation",
+2016 (arXiv:1603.01025); Zhou et al., "Incremental network quantization", 2017 (arXiv:1702.03044).
+They round the logarithm; here the nearest entry is taken, which has the least squared error.
+
 NormalFloat: 4-bit NormalFloat of Dettmers et al., "QLoRA", 2023 (arXiv:2305.14314), appendix E:
 means of neighbouring quantiles of the normal distribution, zero exact, ends at -1 and 1.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +23,8 @@ NF4: tuple[float, ...] = (
 )  # fmt: skip
 
 FEW = 32  # entries up to which comparing with each is the fastest
+LEAST = 2.0**-30  # the least power worth an entry
+CURVES = (0, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
 STEPS = 4  # comparisons after the table's look-up; more: binary search is as fast
 
 
@@ -33,6 +37,8 @@ class Nearest:
     """
 
     def __init__(self, codebook: Codebook) -> None:
+        fills = np.searchsorted(codebook, codebook[-1:])[0]  # equals of the last: never needed
+        codebook = codebook[: fills + 1]
         wide = codebook.astype(np.float64)
         middles = (wide[1:] + wide[:-1]) / 2
         floor = middles.astype(np.float32)
@@ -71,6 +77,44 @@ class Nearest:
         return index
 
 
-def take(codebook: NDArray[np.float32], index: NDArray[np.uint8]) -> NDArray[Any]:
-    """The entries of indices: several times as fast as indexing with uint8."""
-    return codebook.take(index, axis=0)
+def geometric(bits: int, base: float) -> list[Codebook]:
+    """Codebooks of 0 and +-base^-j, j from 0: base 2 has the powers of two.
+
+    2^bits entries are 0, n = 2^(bits - 1) - 1 pairs and one more, positive: below the others, or
+    (the second codebook) above them: a scale with the sign of the extreme value puts it there.
+    Powers below 2^-30 are left out. 1 bit: -1 and 1.
+    """
+    n = (1 << (bits - 1)) - 1
+    powers = float(base) ** -np.arange(n + 1.0)
+    powers = powers[powers >= LEAST]
+    sides = [powers[:n], powers[1:]] if n else [powers]
+    return [_filled(np.concatenate([-side, [0.0] * (n > 0), powers]), bits) for side in sides]
+
+
+def logarithmic(bits: int) -> list[Codebook]:
+    """Candidates: base = (r_max / r_min)^(1 / (q_max - q_min)), exponents -q from 0 to n.
+
+    The range r_max / r_min, from the greatest to the least magnitude, is one of 2^0.5 to 2^14.
+    """
+    steps = max(1, (1 << (bits - 1)) - 1)
+    found = [geometric(bits, ratio ** (1 / steps)) for ratio in 2 ** np.arange(0.5, 14.5, 0.5)]
+    return [book for books in found for book in books]
+
+
+def exponential(bits: int) -> list[Codebook]:
+    """Candidates: +-(e^(a t) - 1) / (e^a - 1), t = 0, 1/n ... 1, n = 2^(bits - 1); a from 0 to 8.
+
+    The linear t for a = 0. There is no -1: 2^bits entries with 0 have one more positive one.
+    """
+    if bits == 1:
+        return geometric(1, 2.0)
+    n = 1 << (bits - 1)
+    t = np.arange(1, n + 1) / n
+    found = [np.expm1(a * t) / np.expm1(a) if a else t for a in CURVES]
+    return [_filled(np.concatenate([-side[:-1], [0.0], side]), bits) for side in found]
+
+
+def _filled(entries: NDArray[np.float64], bits: int) -> Codebook:
+    """Ascending entries as a codebook of 2^bits: the last one fills it up."""
+    book = np.sort(entries).astype(np.float32)
+    return np.append(book, np.full((1 << bits) - len(book), book[-1])).astype(np.float32)

@@ -77,7 +77,7 @@ class Sharing:
     def blocks(self) -> Iterator[Block]:
         """All values, in blocks of at most `BLOCK`."""
         full = self.values // self.width
-        regions = [(0, full, self.width)]
+        regions = [(0, full, self.width)] if full else []
         if rest := self.values - full * self.width:
             regions.append((full, 1, rest))
         for first, count, width in regions:
