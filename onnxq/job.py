@@ -10,16 +10,25 @@ from dataclasses import dataclass, field
 from onnxq.core import Note, Pass
 from onnxq.layers import Choice, Layers, no_match
 from onnxq.model import Model
+from onnxq.parallel import Crew
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
+MB = 1_000_000
+MEGABYTES = "MB"
+"""What ends the name of a stage whose progress is told in megabytes."""
 
 
 @dataclass(slots=True)
 class Job:
-    """What one run keeps. asked: overrides for single layers that the caller has given."""
+    """What one run keeps.
+
+    asked: overrides for single layers that the caller has given. memory: bytes that the process
+    may take, as far as work on weights goes (None: no bound).
+    """
 
     progress: Progress | None
     asked: Sequence[str] = ()
+    memory: int | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     now: str = ""
@@ -40,6 +49,16 @@ class Job:
             return None
         tell = self.progress
         return lambda done: tell(self.now, done, total)
+
+    def crew(self) -> Crew:
+        """The threads that work on weights; they tell of megabytes done."""
+        if self.progress is None:
+            return Crew.of(self.memory)
+        tell = self.progress
+        return Crew.of(
+            self.memory,
+            lambda done, total: tell(f"{self.now} {MEGABYTES}", done // MB, total // MB),
+        )
 
     @property
     def unmatched(self) -> list[str]:

@@ -247,9 +247,11 @@ class _Lint:
         if len(node.inputs) < 2:
             return
         x, w = (dequantized(t) for t in node.inputs[:2])
-        if x is None or w is None or w.values is None or (x.format, w.format) != ("uint8", "int8"):
+        if x is None or w is None or (x.format, w.format) != ("uint8", "int8"):
             return
-        rows = kernel_rows(node, w.values)
+        if (values := w.values) is None:
+            return
+        rows = kernel_rows(node, values)
         yield from self.saturating(node, () if rows is None else tuple(rows))
 
     def saturating(self, node: gs.Node, rows: Sequence[NDArray[Any]]) -> Iterator[Finding]:
@@ -270,7 +272,7 @@ class _Lint:
             made = operand(before, before.outputs[0].dtype)
             if made.format == of.format and made.has_params(of):
                 return  # said there
-        if of.values is None:
+        if not of.is_constant:
             yield from self.activation(of)
             return
         constants = {*self.target.activation_formats, *self.target.weight_formats}
@@ -342,8 +344,8 @@ class _Lint:
                 text = f"scales of {op} weights lie along axis {of.params.axis}, not {axis}"
                 yield self.found(rule, of.node, text, op)
         yield from self.params(of, scheme, rule, op)
-        numbers, values = FORMATS[of.format], of.values
-        if target.narrow and numbers.signed and np.any(values == numbers.qmin):
+        numbers = FORMATS[of.format]
+        if target.narrow and numbers.signed and np.any(of.values == numbers.qmin):
             yield self.found("narrow", of.node, f"a weight is {numbers.qmin}")
 
     def params(
@@ -377,9 +379,10 @@ class _Lint:
         repeats = scale.size // product.size or 1
         if not np.allclose(scale, np.tile(product, repeats), rtol=SAME_SCALE, atol=0):
             yield self.found("bias", of.node, "its scale must be that of input times weight")
-        if of.values is not None and of.values.size:
+        values = of.values
+        if values is not None and values.size:
             limit = 2.0 ** (target.bias_bits - 1)
-            if np.abs(of.values.astype(np.float64)).max() >= limit:
+            if np.abs(values.astype(np.float64)).max() >= limit:
                 text = f"a bias does not fit into {target.bias_bits} bits"
                 yield self.found("bias_bits", of.node, text)
 
@@ -402,8 +405,8 @@ class _Lint:
             params = parameters(node.inputs[s], node.inputs[z], node)
             if params is None:
                 continue
-            of = Operand(node, str(params.zero_point.dtype), params, values_of(tensor))
-            if role == "weights" and of.values is not None:
+            of = Operand(node, str(params.zero_point.dtype), params, tensor)
+            if role == "weights" and of.is_constant:
                 yield from self.weight(of, LAYER[node.op], None)
             else:
                 yield from self.activation(of)

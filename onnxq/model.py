@@ -14,12 +14,12 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 from google.protobuf.message import EncodeError  # type: ignore[import-untyped]
-from numpy.typing import NDArray
 from onnx.inliner import inline_local_functions
 from onnx_graphsurgeon.logger import G_LOGGER
 
+from onnxq.datafiles import DataFolder
 from onnxq.errors import ModelError
-from onnxq.files import PROTOBUF_LIMIT, DataFolder, atomic_writes, check_model, read_model
+from onnxq.files import PROTOBUF_LIMIT, atomic_writes, check_model, read_model
 from onnxq.graphs import (
     DEFAULT_DOMAIN,
     Node,
@@ -34,19 +34,19 @@ from onnxq.graphs import (
 )
 from onnxq.opsets import align_functions, carry, convert
 from onnxq.schemes import QParams
+from onnxq.scratch import Scratch
 from onnxq.serialization import Exporter, Importer
 from onnxq.shapes import Merge, fill, inferred, same_types, shapes_with, symbols, take_types, update
 from onnxq.sweeping import sweep
 from onnxq.tensors import index_of, producer, readers, redirect, values_of
 from onnxq.weights import (
     SMALL,
-    SPILLED,
     DataWriter,
     Fetch,
     Placeholders,
     Put,
-    Scratch,
     Stored,
+    Values,
     Weight,
     bytes_in,
     inline,
@@ -79,7 +79,7 @@ class Model:
     """What tensors were quantized with before floats were recovered, by name (see onnxq.packed)."""
     _counts: dict[str, int] = field(default_factory=dict, repr=False)
     _walked: list[gs.Graph] = field(default_factory=list, repr=False)
-    _scratch: Scratch = field(default_factory=Scratch, repr=False)
+    scratch: Scratch = field(default_factory=lambda: Scratch(is_used=False), repr=False)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Model:
@@ -100,7 +100,12 @@ class Model:
 
         try:
             graph = _imported(proto, fetch)
-            model = cls(graph, without(proto, "graph"), has_data_file=external)
+            model = cls(
+                graph,
+                without(proto, "graph"),
+                has_data_file=external,
+                scratch=Scratch(is_used=external),
+            )
             model._prepare()
         except ModelError as e:
             raise ModelError(f"{where}: {e}") from e
@@ -237,7 +242,12 @@ class Model:
         weights = Placeholders()
         proto = self._export(weights)
         graph = _imported(proto, weights.fetch)
-        model = Model(graph, without(proto, "graph"), has_data_file=self.has_data_file)
+        model = Model(
+            graph,
+            without(proto, "graph"),
+            has_data_file=self.has_data_file,
+            scratch=self.scratch,
+        )
         model.ranges.update(self.ranges)
         model._name_nodes()
         same_types(self.graph, graph)
@@ -355,12 +365,11 @@ class Model:
         self.names.add(candidate)
         return candidate
 
-    def constant(self, name: str, values: NDArray[Any]) -> gs.Constant:
-        """A new initializer; the name is made unique."""
-        array = np.asarray(values)
-        if self.has_data_file and array.nbytes >= SPILLED:
-            return Weight(self.unique(name), self._scratch.put(array))
-        return gs.Constant(self.unique(name), array)
+    def constant(self, name: str, values: Values) -> gs.Constant:
+        """A new initializer, of an array or values that are stored; the name is made unique."""
+        held = values if isinstance(values, Stored) else self.scratch.put(np.asarray(values))
+        kind = Weight if isinstance(held, Stored) else gs.Constant
+        return kind(self.unique(name), held)
 
     def emit(
         self,

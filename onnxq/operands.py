@@ -11,7 +11,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from onnxq.model import Model, producer, readers, values_of
-from onnxq.passes.ops import OPS, conv_rows
+from onnxq.passes.ops import OPS, conv_rows, is_constant
 from onnxq.schemes import QParams
 
 # Operators on activations that are quantized at run time: where their weights end.
@@ -27,14 +27,29 @@ DYNAMIC = {
 class Operand:
     """A tensor in integers: format, parameters and, if they are constant, its values.
 
-    params: None where they are computed at run time. blocked: scales belong to blocks.
+    params: None where they are computed at run time. tensor: what holds the integers (None: not
+    asked for). blocked: scales belong to blocks.
     """
 
     node: gs.Node
     format: str
     params: QParams | None
-    values: NDArray[Any] | None = None
+    tensor: gs.Tensor | None = None
     blocked: bool = False
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether it has values."""
+        return self.tensor is not None and is_constant(_narrow(self.tensor))
+
+    @property
+    def values(self) -> NDArray[Any] | None:
+        """Constant integers, also those that a Cast widens at load; read at each call."""
+        if self.tensor is None or not self.is_constant:
+            return None
+        values = values_of(_narrow(self.tensor))
+        widened = values is not None and _narrow(self.tensor) is not self.tensor
+        return values.astype(self.tensor.dtype) if widened and values is not None else values
 
     def has_params(self, other: Operand) -> bool:
         """Whether scales and zero points are the same, and known."""
@@ -66,18 +81,15 @@ def operand(node: gs.Node, dtype: Any) -> Operand:
     params = parameters(node.inputs[1], node.inputs[2] if len(node.inputs) > 2 else None, node)
     if params is not None and len(node.inputs) > 2:
         dtype = params.zero_point.dtype
-    values = _integers(node.inputs[0]) if node.op == "DequantizeLinear" else None
+    tensor = node.inputs[0] if node.op == "DequantizeLinear" else None
     blocked = bool(node.attrs.get("block_size", 0))
-    return Operand(node, str(np.dtype(dtype) if dtype else np.uint8), params, values, blocked)
+    return Operand(node, str(np.dtype(dtype) if dtype else np.uint8), params, tensor, blocked)
 
 
-def _integers(tensor: gs.Tensor) -> NDArray[Any] | None:
-    """Constant integers, also those that a Cast widens at load."""
+def _narrow(tensor: gs.Tensor) -> gs.Tensor:
+    """The tensor, or what a Cast makes it of."""
     cast = producer(tensor)
-    if cast is None or cast.op != "Cast":
-        return values_of(tensor)
-    narrow = values_of(cast.inputs[0])
-    return None if narrow is None else narrow.astype(tensor.dtype)
+    return cast.inputs[0] if cast is not None and cast.op == "Cast" else tensor
 
 
 def parameters(scale: gs.Tensor, zero: gs.Tensor | None, node: gs.Node) -> QParams | None:

@@ -14,7 +14,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from onnxq.core import Pass
 from onnxq.errors import RecipeError, meant
 
-FILLED = ("target", "integer_moves", "samples", "shapes", "calibration", "progress")
+FILLED = ("target", "integer_moves", "samples", "shapes", "calibration", "progress", "crew")
 """Fields that `plan` fills in from the command's own options and the target."""
 
 

@@ -6,12 +6,12 @@ Both are made by onnxruntime's converter; here they are put beside the model, wh
 from __future__ import annotations
 
 import os
-import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 
 from onnxq.errors import RecipeError
 from onnxq.files import atomic_write
+from onnxq.leftovers import temporary_folder
 from onnxq.runtime import convert_to_ort
 
 CONFIG = ".required_operators.config"
@@ -32,10 +32,10 @@ def write_ort(model: str | os.PathLike[str]) -> tuple[Path, Path]:
     """
     source = Path(model)
     made = source.with_suffix(".ort"), source.with_suffix(CONFIG)
-    with tempfile.TemporaryDirectory(prefix="onnxq-") as folder:
-        convert_to_ort(source, Path(folder))
-        contents = [(Path(folder) / path.name).read_bytes() for path in made]
-        contents[1] = contents[1].replace(f"{Path(folder).resolve()}{os.sep}".encode(), b"")
+    with temporary_folder() as folder:
+        convert_to_ort(source, folder)
+        contents = [(folder / path.name).read_bytes() for path in made]
+        contents[1] = contents[1].replace(f"{folder.resolve()}{os.sep}".encode(), b"")
         with ExitStack() as files:
             for path, content in zip(made, contents, strict=True):
                 files.enter_context(atomic_write(path)).write(content)

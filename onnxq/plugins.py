@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -27,7 +28,7 @@ def installed() -> dict[str, EntryPoint]:
     Raises RecipeError when a name is that of a built-in pass, or is taken twice.
     """
     found: dict[str, EntryPoint] = {}
-    for point in entry_points(group=GROUP):
+    for point in _points(tuple((folder, _changed(folder)) for folder in sys.path)):
         other = "onnxq" if point.name in PASSES else _owner(found.get(point.name))
         if other and (other == "onnxq" or found[point.name].value != point.value):
             raise RecipeError(
@@ -36,6 +37,22 @@ def installed() -> dict[str, EntryPoint]:
             )
         found[point.name] = point
     return dict(sorted(found.items()))
+
+
+@lru_cache(maxsize=1)
+def _points(places: tuple[tuple[str, int], ...]) -> tuple[EntryPoint, ...]:
+    """All entry points of the group; places: where they are from, and as of when.
+
+    A search reads a file of each distribution that is installed, and every name asks for one.
+    """
+    return tuple(entry_points(group=GROUP))
+
+
+def _changed(folder: str) -> int:
+    try:
+        return os.stat(folder or os.curdir).st_mtime_ns
+    except OSError:
+        return 0
 
 
 def _owner(point: EntryPoint | None) -> str:

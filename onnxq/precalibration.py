@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from onnxq.calibration import load_calibration, save_calibration
@@ -16,6 +14,7 @@ from onnxq.demands import why_not
 from onnxq.errors import BudgetError, RecipeError
 from onnxq.files import check_writable
 from onnxq.job import Job, Progress
+from onnxq.leftovers import temporary_folder
 from onnxq.loading import ModelLike, PathLike, load, name_of
 from onnxq.plausibility import doubts
 from onnxq.preconditions import blames_the_model, require_outputs
@@ -93,13 +92,13 @@ def calibrate(
     require_outputs(edited, name_of(model))
     with (
         blames_the_model(model, name_of(model), chosen.name),
-        tempfile.TemporaryDirectory(prefix="onnxq-") as folder,
+        temporary_folder() as folder,
     ):
         samples = samples_for(edited, data, images)
         job.warnings += doubts(edited, samples)
         job.warnings += [SYNTHETIC_RANGES] if data is None else []
         fitting, _ = split(samples)
-        file = Path(folder) / "calibration.npz"
+        file = folder / "calibration.npz"
         pipeline = plan(
             chosen, aim, fitting, calibration=file, progress=job.sample_progress(len(fitting))
         )

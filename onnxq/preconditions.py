@@ -15,6 +15,9 @@ from onnxq.errors import BudgetError, ModelError, OnnxqError, RecipeError, Refus
 from onnxq.files import check_writable
 from onnxq.loading import ModelLike, PathLike, load
 from onnxq.model import Model
+from onnxq.parallel import resident
+
+COPIES = 3  # of the weights, about, that running the original and the result takes
 
 
 def require_budget(min_sqnr: float | None, *, validate: bool | None) -> None:
@@ -76,12 +79,30 @@ def require_outputs(model: Model, name: str) -> None:
         raise ModelError(f"{name}: has no outputs, it computes nothing; export it again")
 
 
-def too_large_to_compare(model: Model) -> str | None:
+def too_large_to_compare(model: Model, max_memory: int | None = None) -> str | None:
     """Why not to compare where the recipe does not run the model, and nobody asked for it."""
     size = sum(model.weight_sizes())
+    if max_memory is not None and COPIES * size > max_memory - resident():
+        return f"both in memory take some {COPIES * size / 1e9:.1f} GB, more than --max-memory"
     if size <= runtime.LARGE:
         return None
-    return f"both in memory take some {3 * size / 1e9:.1f} GB; --validate does it"
+    return f"both in memory take some {COPIES * size / 1e9:.1f} GB; --validate does it"
+
+
+def require_memory(model: Model, max_memory: int | None, recipe: str | None) -> None:
+    """Raise RecipeError where the model has to be run, and that takes more than max_memory.
+
+    recipe: the one that has to run it; None: a comparison was asked for.
+    """
+    size = COPIES * sum(model.weight_sizes())
+    if max_memory is None or size <= max_memory - resident():
+        return
+    what = "the comparison" if recipe is None else f"recipe {recipe}"
+    instead = "--no-validate" if recipe is None else "--recipe int4-weights or int8-weights"
+    raise RecipeError(
+        f"{what} has to run the model, which takes some {size / 1e9:.1f} GB, more than "
+        f"--max-memory: give more, or use {instead}"
+    )
 
 
 @contextmanager

@@ -7,7 +7,6 @@ import os
 import platform
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import onnx
 from numpy.typing import NDArray
 
 from onnxq.errors import ModelError, RefusedError
+from onnxq.leftovers import temporary_folder
 from onnxq.model import Model
 from onnxq.ports import ports_in
 
@@ -70,8 +70,8 @@ def session(model: Source, *, optimize: Level = "all", threads: int | None = Non
         model = Model.from_proto(model)  # it does not fit into one string of bytes
     if isinstance(model, Model):
         if sum(model.weight_sizes()) > LARGE:
-            with tempfile.TemporaryDirectory(prefix="onnxq-") as folder:
-                path = Path(folder) / "model.onnx"
+            with temporary_folder() as folder:
+                path = folder / "model.onnx"
                 model.save(path)
                 return made(str(path))
         model = model.to_proto()

@@ -41,6 +41,7 @@ def samples_needed(
     edited: Model,
     data: Spec | None,
     images: ImageOptions | None,
+    max_memory: int | None = None,
 ) -> tuple[Samples, str | None]:
     """The samples of a run that must have some, or may compare on some; none, and why, if not.
 
@@ -50,6 +51,8 @@ def samples_needed(
         return NO_SAMPLES, None
     if need == "must":
         return samples_for(edited, data, images), None
+    if reason := too_large_to_compare(edited, max_memory):
+        return NO_SAMPLES, reason
     return _samples_to_compare(original, edited, data, images)
 
 
@@ -57,8 +60,6 @@ def _samples_to_compare(
     original: ModelLike, edited: Model, data: Spec | None, images: ImageOptions | None
 ) -> tuple[Samples, str | None]:
     """Samples where the recipe needs none; or none, and why nothing can be compared."""
-    if reason := too_large_to_compare(edited):
-        return NO_SAMPLES, reason
     try:
         if data is not None:  # synthetic samples are tried in a session, too
             runtime.session(original)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from itertools import takewhile
@@ -17,6 +16,7 @@ from onnxq.core import Note, Pass
 from onnxq.demands import NOTHING, missed
 from onnxq.errors import BudgetError, ModelError, OnnxqError, RecipeError
 from onnxq.fingerprint import fingerprint
+from onnxq.leftovers import temporary_folder
 from onnxq.loading import size_of
 from onnxq.model import Model
 from onnxq.recipes import Recipe, plan, wants
@@ -109,8 +109,8 @@ def _tried(recipe: Recipe, model: Model, setting: Setting, *, has_data: bool) ->
             except RecipeError as e:
                 verdict = str(e)
         tries.append(_Try(Candidate(one.name, verdict=verdict)))
-    with tempfile.TemporaryDirectory(prefix="onnxq-") as folder:
-        planned = _told_apart(planned, Path(folder))
+    with temporary_folder() as folder:
+        planned = _told_apart(planned, folder)
         shared = _common(list(planned.values()))
         notes = _rewrite(model, shared, setting)
         seen: dict[str, int] = {}
@@ -183,7 +183,7 @@ def _judge(
 def _planned(recipe: Recipe, setting: Setting) -> tuple[Pass, ...]:
     return plan(
         recipe, setting.target, setting.fitting, calibration=setting.calibration,
-        progress=setting.job.sample_progress(len(setting.fitting)),
+        progress=setting.job.sample_progress(len(setting.fitting)), crew=setting.job.crew(),
     ).passes  # fmt: skip
 
 

@@ -8,6 +8,7 @@ The ways to write a constant as a TensorProto (`inline`, `Placeholders`, `DataWr
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
@@ -19,8 +20,8 @@ from numpy.typing import NDArray
 from onnx.numpy_helper import from_array, to_array
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
+from onnxq.datafiles import DataFile, DataFolder
 from onnxq.errors import ModelError
-from onnxq.files import DataFile, DataFolder
 
 Values = Any
 """What a gs.Constant holds: an array, or a LazyValues such as `Stored`."""
@@ -32,9 +33,6 @@ SMALL = 1024
 
 ALIGNMENT = 4096
 """Where tensors begin in a data file: pages, so that a runtime can map them."""
-
-SPILLED = 1 << 20
-"""Bytes from which values that passes make are not kept in memory, where a model has data files."""
 
 _BITS = {
     onnx.TensorProto.INT2: 2,
@@ -139,6 +137,16 @@ class Stored(LazyValues):  # type: ignore[misc]
             return to_array(packed)
         return raw.view(np.dtype(self.dtype).newbyteorder("<")).reshape(self.shape)
 
+    def reshaped(self, shape: tuple[int, ...]) -> Stored:
+        """The same values with another shape of as many."""
+        out = copy(self)
+        out.tensor = without(self.tensor, "dims", "raw_data")
+        out.tensor.dims.extend(shape)
+        if self.file is None and self.tensor.HasField("raw_data"):
+            out.tensor.raw_data = self.tensor.raw_data
+        out.shape = shape
+        return out
+
     def raw(self) -> NDArray[np.uint8]:
         """The bytes as stored; only for values in a file or in raw_data."""
         if self.file is not None:
@@ -154,33 +162,6 @@ def _strings(tensor: onnx.TensorProto) -> NDArray[Any]:
     except UnicodeDecodeError:
         out[:] = list(tensor.string_data)
     return out.reshape(tuple(tensor.dims))
-
-
-class Scratch:
-    """A file without a name where values go that passes make of a model of gigabytes."""
-
-    def __init__(self) -> None:
-        self._file: DataFile | None = None
-
-    def put(self, values: NDArray[Any]) -> Values:
-        """The values, written to the file; small or packed ones, or on a full disk, as they are."""
-        kind = data_type_of(values.dtype)
-        if values.nbytes < SPILLED or kind in _BITS or kind == onnx.TensorProto.STRING:
-            return values
-        try:
-            self._file = self._file or DataFile.unnamed()
-            offset = self._file.append(_raw(values))
-        except OSError:
-            return values
-        return Spilled(onnx.TensorProto(dims=values.shape, data_type=kind), self._file, offset)
-
-
-class Spilled(Stored):
-    """Values that a pass has made, in a `Scratch`."""
-
-    def __init__(self, tensor: onnx.TensorProto, file: DataFile, offset: int) -> None:
-        super().__init__(tensor)
-        self.file, self.offset = file, offset
 
 
 class StoredSparse(LazyValues):  # type: ignore[misc]
@@ -230,6 +211,51 @@ def values_in(constant: gs.Constant) -> NDArray[Any]:
     """The constant's values; stored ones are read and not kept."""
     held = constant._values
     return np.asarray(held.load() if isinstance(held, LazyValues) else held)
+
+
+def reader(values: Values) -> Callable[[int, NDArray[np.float32]], None]:
+    """Reads values from a place on (counted in values), as many as fit, as float32.
+
+    Of those in a data file nothing is mapped: pages of a mapped file count as resident memory.
+    """
+    is_plain = isinstance(values, Stored) and values.tensor.data_type not in _BITS
+    if is_plain and values.file is not None:
+        dtype = np.dtype(values.dtype).newbyteorder("<")
+
+        def read(start: int, out: NDArray[np.float32]) -> None:
+            raw = out if dtype == out.dtype else np.empty(out.size, dtype)
+            place = values.offset + start * dtype.itemsize
+            values.file.read(place, raw.view(np.uint8))
+            if raw is not out:
+                out[...] = raw
+
+        return read
+    flat = np.asarray(values.load() if isinstance(values, LazyValues) else values).reshape(-1)
+
+    def copied(start: int, out: NDArray[np.float32]) -> None:
+        out[...] = flat[start : start + out.size]
+
+    return copied
+
+
+def bytes_of(values: Values) -> Callable[[int, int], Any]:
+    """Reads bytes as a file has them, from a place on, so many; nothing is mapped."""
+    if isinstance(values, Stored) and values.file is not None:
+        file, offset = values.file, values.offset
+
+        def read(start: int, count: int) -> Any:
+            out = np.empty(count, np.uint8)
+            file.read(offset + start, out)
+            return out.data
+
+        return read
+    whole = raw_bytes(np.asarray(values.load() if isinstance(values, LazyValues) else values))
+    return lambda start, count: whole[start : start + count]
+
+
+def reshaped(values: Values, shape: tuple[int, ...]) -> Values:
+    """Values with another shape; stored ones stay where they are."""
+    return values.reshaped(shape) if isinstance(values, Stored) else values.reshape(shape)
 
 
 def bytes_in(constant: gs.Constant) -> int:
@@ -327,10 +353,9 @@ class DataWriter:
         self.file.write(bytes(-self.file.tell() % ALIGNMENT))
         offset = self.file.tell()
         if isinstance(held, Stored) and held.file is not None:
-            for piece in held.file.chunks(held.offset, held.nbytes):
-                self.file.write(piece)
+            held.file.copy_to(self.file, held.offset, held.nbytes)
         else:
-            self.file.write(_raw(values_in(constant)))
+            self.file.write(raw_bytes(values_in(constant)))
         out = header(constant)
         out.data_location = onnx.TensorProto.EXTERNAL
         for key, value in (("location", self.location), ("offset", offset), ("length", size)):
@@ -338,7 +363,7 @@ class DataWriter:
         return out
 
 
-def _raw(values: NDArray[Any]) -> Any:
+def raw_bytes(values: NDArray[Any]) -> Any:
     """The bytes of the values, little-endian and packed, without a copy where possible."""
     if data_type_of(values.dtype) in _BITS:
         return from_array(values).raw_data

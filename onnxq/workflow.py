@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,12 +22,19 @@ from onnxq.interfaces import (
     with_integer_io,
 )
 from onnxq.job import Job, Progress
+from onnxq.leftovers import temporary_folder
 from onnxq.loading import ModelLike, PathLike, load, name_of, size_of
 from onnxq.model import Model
 from onnxq.ortformat import check_name, write_ort
 from onnxq.passes.integer_io import Type
 from onnxq.plausibility import doubts
-from onnxq.preconditions import blames_the_model, check_output, require_budget, require_outputs
+from onnxq.preconditions import (
+    blames_the_model,
+    check_output,
+    require_budget,
+    require_memory,
+    require_outputs,
+)
 from onnxq.recipes import load_recipe, plans, wants
 from onnxq.report import Report
 from onnxq.requantizing import UNLIKE, blames_noise, left_alone, recover
@@ -68,6 +74,7 @@ def optimize(
     allow_unchanged: bool = False,
     requantize: bool = False,
     dry_run: bool = False,
+    max_memory: int | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Optimize a model by a recipe for a target, compare it with the original, and write it.
@@ -81,15 +88,16 @@ def optimize(
     min_sqnr: dB that every output must reach; 20 where a recipe chooses. validate: whether to
     compare; None leaves it out where the recipe does not run the model anyway and that is large or
     nothing for onnxruntime. requantize: recover floats from what is quantized in the model already,
-    and begin with them; its activations keep their ranges unless there is new data. output None, or
-    dry_run: nothing is written.
+    and begin with them; its activations keep their ranges unless there is new data.
+    max_memory: bytes for the process while it works on weights; a model that onnxruntime would need
+    more for is not run. output None, or dry_run: nothing is written.
 
     Raises OnnxqError: ModelError, DataError, RecipeError for what cannot be used; BudgetError when
     min_sqnr is missed, nothing was quantized, or the target has no floats and they are needed
     (nothing is written then).
     """
     require_budget(min_sqnr, validate=validate)
-    job, written = Job(progress, asked=layers), None if dry_run else output
+    job, written = Job(progress, layers, max_memory), None if dry_run else output
     with job.stage("load"):
         chosen, aim = configured(load_recipe(recipe), settings, layers), load_target(target)
         chosen = with_integer_io(chosen, integer_io)
@@ -105,6 +113,7 @@ def optimize(
             check_beside(beside, (model, written, data, calibration))
             if aim.file_format == "ort":
                 check_name(written)
+            edited.scratch.folder = Path(written).parent
         require_outputs(edited, name_of(model))
         before = size_of(original, edited), len(edited.nodes()), edited.opset
     recovered: Sequence[Note] = ()
@@ -123,7 +132,9 @@ def optimize(
         with job.stage("load"):
             must = runs or bool(validate) or min_sqnr is not None
             need: Need = "must" if must else "may" if validate is None else "no"
-            samples, why = samples_needed(need, original, edited, data, images)
+            if need == "must":
+                require_memory(edited, max_memory, chosen.name if runs else None)
+            samples, why = samples_needed(need, original, edited, data, images, max_memory)
             job.warnings += [f"not compared with the original: {why}"] if why else []
             job.warnings += doubts(edited, samples)
             if fits and data is None:
@@ -183,8 +194,8 @@ def _statistics_file(calibration: PathLike | None) -> Iterator[Path]:
     if calibration is not None:
         yield Path(calibration)
         return
-    with tempfile.TemporaryDirectory(prefix="onnxq-") as folder:
-        yield Path(folder) / "calibration.npz"
+    with temporary_folder() as folder:
+        yield folder / "calibration.npz"
 
 
 def _validated_on(samples: Samples, held: Samples, used: int) -> str:

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from onnxq.model import Model
 from onnxq.passes.layouts import Held
 from onnxq.schemes import PerGroup, QParams, QuantScheme
+from onnxq.weights import Stored
 
 Encoding = Literal["storage", "compute"]
 
@@ -39,11 +40,27 @@ GROUPS_SINCE = 10  # Slice with inputs
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Packed:
-    """A weight in integers: rows [channels, values], with scales of rows or of groups in them."""
+    """A weight in integers, with scales of rows [channels, values] or of groups in them.
+
+    numbers: the integers as rows; or stored, as they lie in the weight (of its shape).
+    """
 
     held: Held
-    rows: NDArray[Any]
+    numbers: NDArray[Any] | Stored
     params: QParams
+
+    @property
+    def rows(self) -> NDArray[Any]:
+        """The integers as rows."""
+        if isinstance(self.numbers, Stored):
+            return self.held.rows(self.numbers.load())
+        return self.numbers
+
+    def lying(self, shape: tuple[int, ...]) -> NDArray[Any] | Stored:
+        """The integers as they lie in the weight, in another shape."""
+        if isinstance(self.numbers, Stored):
+            return self.numbers.reshaped(shape)
+        return np.ascontiguousarray(self.held.unrolled(self.numbers)).reshape(shape)
 
     @property
     def has_groups(self) -> bool:
@@ -94,7 +111,7 @@ class Emitter:
     at: gs.Node | None
     tensor: gs.Tensor
 
-    def constant(self, name: str, values: NDArray[Any]) -> gs.Constant:
+    def constant(self, name: str, values: NDArray[Any] | Stored) -> gs.Constant:
         """A constant named after the weight."""
         return self.model.constant(self._named(name), values)
 
@@ -161,7 +178,7 @@ class _Unpacking:
         if packed.has_groups:
             q, lay = self._in_groups()
         else:
-            q, lay = packed.held.unrolled(packed.rows), self._beside
+            q, lay = packed.lying(packed.held.shape), self._beside
         wide = on.cast(on.constant(str(q.dtype), q), np.float32)
         if (zero := packed.zero_points) is not None:
             point = on.cast(on.constant("zero", np.asarray(lay(zero))), np.float32)
@@ -176,35 +193,39 @@ class _Unpacking:
         """Scales or zero points of rows, in the weight's axes; scalars as they are."""
         return self.packed.held.unrolled(params.reshape(-1, 1)) if params.ndim else params
 
-    def _in_groups(self) -> tuple[NDArray[Any], Any]:
+    def _in_groups(self) -> tuple[NDArray[Any] | Stored, Any]:
         """The integers as [before, groups, size, behind], and what lays scales beside them.
 
         before and behind: the weight's axes around the summed ones, if these are neighbours.
         """
-        held, rows, size = self.packed.held, self.packed.rows, self.packed.params.group_size
+        held, size = self.packed.held, self.packed.params.group_size
         assert size is not None
-        channels, length = rows.shape
-        groups = -(-length // size)
-        if groups * size != length:
-            whole = np.zeros((channels, groups * size), rows.dtype)
-            whole[:, :length] = rows
-            rows = whole
-        behind = self._behind()
-        q = rows.reshape(-1, behind, groups, size).transpose(0, 2, 3, 1)
+        groups, behind = -(-held.length // size), self._behind()
 
         def lay(params: NDArray[Any]) -> NDArray[Any]:
             if not params.ndim:
                 return params
             return params.reshape(-1, behind, groups, 1).transpose(0, 2, 3, 1)
 
-        assert prod(held.shape) == channels * length
+        before = prod(held.shape) // held.length // behind
+        if groups * size == held.length and self._are_neighbours:
+            return self.packed.lying((before, groups, size, behind)), lay
+        rows = self.packed.rows
+        whole = np.zeros((len(rows), groups * size), rows.dtype)
+        whole[:, : held.length] = rows
+        q = whole.reshape(before, behind, groups, size).transpose(0, 2, 3, 1)
         return np.ascontiguousarray(q), lay
+
+    @property
+    def _are_neighbours(self) -> bool:
+        """Whether the summed axes lie beside each other."""
+        summed = self.packed.held.summed
+        return summed[-1] - summed[0] + 1 == len(summed)
 
     def _behind(self) -> int:
         """Channels on the axes behind the summed ones, if those are neighbours; else 1."""
         held = self.packed.held
-        first, last = held.summed[0], held.summed[-1]
-        return prod(held.shape[last + 1 :]) if last - first + 1 == len(held.summed) else 1
+        return prod(held.shape[held.summed[-1] + 1 :]) if self._are_neighbours else 1
 
     def _as_weight(self, wide: gs.Tensor, shape: tuple[int, ...]) -> gs.Tensor:
         """Undo `_in_groups`."""
@@ -213,8 +234,7 @@ class _Unpacking:
         if groups * size != held.length:
             wide = on.reshaped(wide, (before, groups * size, behind))
             wide = on.cut(wide, 1, held.length)
-        first, last = held.summed[0], held.summed[-1]
-        if last - first + 1 == len(held.summed):
+        if self._are_neighbours:
             return on.reshaped(wide, held.shape)
         return on.as_weight(wide, held)
 
@@ -222,8 +242,10 @@ class _Unpacking:
 def dequantized(model: Model, at: gs.Node, tensor: gs.Tensor, packed: Packed) -> gs.Tensor:
     """Write a matrix as one DequantizeLinear, [values, channels]: the layout that kernels take."""
     params, zero = packed.params, packed.zero_points
-    q = np.ascontiguousarray(packed.rows.T)
-    inputs = [(str(q.dtype), q), ("scale", np.asarray(params.scale, np.float32).T)]
+    is_lying = packed.held.summed == (0,)
+    shape = packed.held.shape
+    q = packed.lying(shape) if is_lying else np.ascontiguousarray(packed.rows.T)
+    inputs = [("scale", np.asarray(params.scale, np.float32).T)]
     if zero is not None:
         inputs.append(("zero", np.broadcast_to(zero, np.shape(params.scale)).T))
     attributes: dict[str, Any] = {}
@@ -231,7 +253,8 @@ def dequantized(model: Model, at: gs.Node, tensor: gs.Tensor, packed: Packed) ->
         attributes = {"axis": 0, "block_size": params.group_size}
     elif np.ndim(params.scale):
         attributes = {"axis": 1}
-    constants = [
+    constants = [model.constant(f"{tensor.name}_{q.dtype}", q)]
+    constants += [
         model.constant(f"{tensor.name}_{name}", np.array(v, order="C")) for name, v in inputs
     ]
     return model.emit(

@@ -13,7 +13,10 @@ group of values within a channel.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -25,10 +28,11 @@ from onnxq.data import Samples
 from onnxq.layers import Choice, Layers
 from onnxq.model import Model
 from onnxq.options import require_range
-from onnxq.packed import remembered
+from onnxq.parallel import Crew
 from onnxq.passes.encodings import Encoding, Packed, dequantized, evened, opset_for, stored
 from onnxq.passes.importance import Importance, observed
 from onnxq.passes.layouts import Held
+from onnxq.passes.streamed import Source
 from onnxq.passes.weight_kernels import why_no_gain, why_no_kernel
 from onnxq.passes.weight_storage import (
     Found,
@@ -41,15 +45,12 @@ from onnxq.passes.weight_storage import (
 from onnxq.passes.work import RECURRENT
 from onnxq.schemes import (
     FORMATS,
-    FloatFormat,
     Granularity,
     Method,
     PerChannel,
     PerGroup,
     PerTensor,
     QuantScheme,
-    balance,
-    quantize_weight,
 )
 from onnxq.targets import Target
 
@@ -90,6 +91,7 @@ class QuantizeWeights:
     target: Target | None = None
     samples: Samples | None = field(default=None, repr=False)
     progress: Callable[[int], None] | None = field(default=None, repr=False, compare=False)
+    crew: Crew | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         require_range("group_size", self.group_size, 1)
@@ -211,11 +213,7 @@ class _Work:
         if self.options.range == "importance" and jobs:
             held = [(job.weight.node, job.weight.held) for job in jobs]
             importance = observed(self.model, held, self.options.samples, self.options.progress)
-        for number, job in enumerate(jobs):
-            try:
-                self._store(job, number, importance)
-            except Skip as reason:
-                self._declined(job.weight.node, str(reason))
+        self._store_all(jobs, importance)
         if any(note.changed for note in self.notes):
             self.model.sweep()
         return self.notes
@@ -289,51 +287,60 @@ class _Work:
         remark = f" ({why})" if asked == "compute" else ""
         return _Job(weight, evened(scheme, held), "storage", remark)
 
-    def _store(self, job: _Job, number: int, importance: Importance) -> None:
-        weight, method = job.weight, self.options.range
+    def _store_all(self, jobs: list[_Job], importance: Importance) -> None:
+        """Quantize on all threads; edit the model here, in the order of the jobs."""
+        keys = [self._key(job, number) for number, job in enumerate(jobs)]
+        sources: dict[object, Source] = {}
+        for number, (key, job) in enumerate(zip(keys, jobs, strict=True)):
+            if key not in sources:
+                sources[key] = self._source(job, number, importance)
+        todo, left = list(sources.values()), Counter(keys)
+        made: dict[object, Future[Packed]] = {}
+        crew, scratch = self.options.crew or Crew(), self.model.scratch
+        with closing(
+            crew.run([s.work() for s in todo], lambda n, tick: todo[n].packed(scratch, tick))
+        ) as results:
+            for key, job in zip(keys, jobs, strict=True):
+                if key not in made:
+                    made[key] = next(results)
+                try:
+                    self._store(job, made[key].result(), sources[key].method)
+                except Skip as reason:
+                    self._declined(job.weight.node, str(reason))
+                left[key] -= 1
+                if not left[key]:
+                    del made[key]
 
-        def packed() -> Packed:
-            nonlocal method
-            made, method = self._packed(job, number, importance)
-            return made
+    def _key(self, job: _Job, number: int) -> object:
+        """The same for jobs that share what they store."""
+        if job.encoding == "compute":
+            return number
+        return id(job.weight.tensor), job.weight.held.key, job.scheme.format
 
+    def _source(self, job: _Job, number: int, importance: Importance) -> Source:
+        options, node, held = self.options, job.weight.node, job.weight.held
+        squares, method = importance.get((id(node), held.index)), options.range
+        if method == "importance" and squares is None:
+            method = "mse"
+        rounding = options.rounding
+        if rounding == "balanced" and node.op not in CONVOLUTIONS:
+            rounding = "even"
+        return Source(
+            job.weight.tensor, held, job.scheme, method, rounding, options.seed + number, squares
+        )
+
+    def _store(self, job: _Job, packed: Packed, method: Method) -> None:
+        weight = job.weight
         if job.encoding == "storage":
-            self.unpacked.use(weight, job.scheme.format, lambda on: stored(on, packed()))
+            self.unpacked.use(weight, job.scheme.format, lambda on: stored(on, packed))
         else:
             node, tensor = weight.node, weight.tensor
-            node.inputs[weight.held.index] = dequantized(self.model, node, tensor, packed())
+            node.inputs[weight.held.index] = dequantized(self.model, node, tensor, packed)
             if node.op == "Gemm":
                 node.attrs.pop("transB", None)
         ranges = "" if method == self.options.range else f", {method}: its input was not observed"
         text = f"{told(weight.held, job.scheme)}, {job.encoding}{job.remark}{ranges}"
         self.notes.append(Note(NAME, weight.node.name, text))
-
-    def _packed(self, job: _Job, number: int, importance: Importance) -> tuple[Packed, Method]:
-        held, node = job.weight.held, job.weight.node
-        values = job.weight.values()
-        weights, method = importance.get((id(node), held.index)), self.options.range
-        if method == "importance" and weights is None:
-            method = "mse"
-        is_balanced = (
-            self.options.rounding == "balanced"
-            and node.op in CONVOLUTIONS
-            and not isinstance(job.scheme.numbers, FloatFormat)
-        )
-        grid = remembered(job.weight.tensor)
-        if grid is not None and (known := grid.map(held.rows).fitted(job.scheme)):
-            return Packed(held, *known), method
-        rows = held.rows(values.astype(np.float32))
-        integers, params = quantize_weight(
-            rows, job.scheme, None, method,
-            importance=None if weights is None else held.importance(weights),
-            rounding="even" if self.options.rounding == "balanced" else self.options.rounding,
-            seed=self.options.seed + number,
-        )  # fmt: skip
-        if is_balanced:
-            shape = rows.shape if params.group_size is not None else (len(rows), -1, held.taps)
-            exact, near = rows.reshape(shape), integers.reshape(shape)
-            integers = balance(exact, near, job.scheme, params, 0).reshape(rows.shape)
-        return Packed(held, integers, params), method
 
 
 def _shapes(model: Model, samples: Samples | None) -> dict[str, list[int]]:

@@ -13,6 +13,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper, parser
 
+import onnxq.datafiles
 import onnxq.files
 import onnxq.model
 from onnxq.errors import ModelError
@@ -299,7 +300,7 @@ def test_an_old_data_file_that_is_not_needed_is_left_alone(tmp_path: Path) -> No
 def test_data_files_beyond_the_open_ones_are_checked_for_changes(
     external: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(onnxq.files.DataFolder, "KEEP", 0)
+    monkeypatch.setattr(onnxq.datafiles.DataFolder, "KEEP", 0)
     model = Model.load(external)
     w = model.nodes("MatMul")[0].inputs[1]
     np.testing.assert_array_equal(values_of(w), W)

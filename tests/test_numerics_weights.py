@@ -105,12 +105,12 @@ def test_hqq_is_no_worse_than_mse_than_minmax_and_standardized(
 ) -> None:
     scheme = graded(scheme, granularity)
     minmax, mse, standardized, hqq = (errors(name, scheme, m) for m in METHODS[:4])
-    little = 1 + 1e-5
-    assert (mse <= np.minimum(minmax, standardized) * little).all()
-    assert (hqq <= mse * little).all()  # of squares
+    little, rounding = 1 + 1e-5, 1e-10  # where one scale a value is exact
+    assert (mse <= np.minimum(minmax, standardized) * little + rounding).all()
+    assert (hqq <= mse * little + rounding).all()  # of squares
     assert sum(mse) < 0.97 * sum(minmax)
     norms = [errors(name, scheme, m, power=0.5) for m in (METHODS[1], METHODS[3])]
-    assert (norms[1] <= norms[0] * little).all()  # of its own norm
+    assert (norms[1] <= norms[0] * little + 1e-3).all()  # of its own norm
 
 
 @pytest.mark.parametrize("name", ["char_gpt", "digits_cnn"])

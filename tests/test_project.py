@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 # Modules of passes/ that are no passes: what several passes share.
 SHARED = {
     "ops", "work", "costs", "placement", "ranges", "sensitive", "linear",
-    "sizes", "size_algebra", "shape_rules", "value_rules", "activations",
+    "sizes", "size_algebra", "shape_rules", "streamed", "value_rules", "activations",
     "formats", "insertion", "float_layers", "encodings", "layouts", "weight_kernels",
     "integer_weights", "packed_weights", "recovery", "recover_dynamic", "recover_qoperators",
     "weight_storage", "codebook_encoding", "importance", "dynamic_costs", "dynamic_layers",

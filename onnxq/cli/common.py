@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager, suppress
@@ -56,6 +57,27 @@ def _decibels(ctx: click.Context, param: click.Parameter, value: float | None) -
     if value is not None and not isfinite(value):
         raise click.BadParameter(f"{value} is no number of decibels, give one such as 20")
     return value
+
+
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
+
+
+def memory_option(command: Any) -> Any:
+    """The option --max-memory."""
+    return click.option(
+        "--max-memory", metavar="SIZE", callback=_size,
+        help="Memory that the command may take while it works on weights, such as 512MB or 1GB; "
+        "fewer of them are then worked on at once.",
+    )(command)  # fmt: skip
+
+
+def _size(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+    if value is None:
+        return None
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *([KMG]?I?)B?", value.strip().upper())
+    if found is None or found[2] not in UNITS or not float(found[1]):
+        raise click.BadParameter(f"{value!r} is no size, give one such as 512MB or 1GB")
+    return int(float(found[1]) * UNITS[found[2]])
 
 
 def data_option(command: Any) -> Any:
@@ -169,6 +191,8 @@ def progress_bar(*, quiet: bool) -> Iterator[Progress | None]:
 def _bar(bar: Any) -> Iterator[Callable[[str, int, int], None]]:
     import time
 
+    from onnxq.job import MEGABYTES
+
     begun: dict[str, float] = {}
     tasks: dict[str, Any] = {}
 
@@ -180,6 +204,9 @@ def _bar(bar: Any) -> Iterator[Callable[[str, int, int], None]]:
             bar.start()
             tasks[stage] = bar.add_task(stage, total=total)
         bar.update(tasks[stage], completed=done)
+        if stage.endswith(f" {MEGABYTES}"):
+            rate = done / (time.monotonic() - start)
+            bar.update(tasks[stage], description=f"{stage}, {rate:.0f} MB/s")
 
     try:
         yield tell

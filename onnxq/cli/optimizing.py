@@ -8,6 +8,7 @@ import click
 
 from onnxq.cli.common import (
     data_option,
+    memory_option,
     output_options,
     progress_bar,
     recipe_option,
@@ -78,6 +79,7 @@ if TYPE_CHECKING:
     help="Recover floats from a model that is quantized already, and begin with them; ranges of "
     "activations are kept unless there is --data.",
 )  # fmt: skip
+@memory_option
 @setting_options
 @image_options
 @output_options
@@ -101,6 +103,7 @@ def optimize(
     validate: bool | None,
     allow_unchanged: bool,
     requantize: bool,
+    max_memory: int | None,
     json_file: str | None,
     quiet: bool,
 ) -> None:
@@ -131,7 +134,8 @@ def optimize(
             model, output, data=data, images=images, recipe=recipe, target=target,
             settings=settings, layers=layers, integer_io=integer_io, header=header,
             calibration=calibration, objective=objective, min_sqnr=min_sqnr, validate=validate,
-            allow_unchanged=allow_unchanged, requantize=requantize, progress=progress,
+            allow_unchanged=allow_unchanged, requantize=requantize, max_memory=max_memory,
+            progress=progress,
         )  # fmt: skip
     if save_plan is not None:
         write_text(save_plan, report.plan.to_toml())

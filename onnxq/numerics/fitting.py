@@ -8,14 +8,14 @@ exactly. Methods go over the values in pieces, for all rows of a piece at once.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from onnxq.numerics.affine import affine_params, next_power_of_two
 from onnxq.numerics.grids import SMALLEST_SCALE, Grid
-from onnxq.numerics.grouping import Rows
+from onnxq.numerics.grouping import Rows, Space
 
 Values = NDArray[np.float32]
 Sums = NDArray[np.float64]
@@ -48,10 +48,17 @@ class Problem:
     high: Values
     cover: Fit
     held: tuple[Piece, ...] | None = None  # where one piece is all
+    space: Space = field(default_factory=Space)
 
     def kept(self) -> Problem:
         """The problem with its values at hand, if they are one piece."""
-        return replace(self, held=tuple(self.pieces())) if len(self.rows.pieces) == 1 else self
+        if len(self.rows.pieces) != 1:
+            return self
+        (box,) = self.rows.pieces
+        m = None if self.importance is None else self.rows.read(self.importance, box)
+        x = self.rows.read(self.values, box, self.space)
+        x *= self.factor
+        return replace(self, held=((x, m),))
 
     def without_importance(self) -> Problem:
         """The problem of the plain squared error."""

@@ -21,6 +21,20 @@ TALL = 128  # rows of fewer values are laid out as columns, so that numpy adds w
 Box = tuple[slice, ...]
 
 
+class Space:
+    """Buffers that one thread uses again and again: fresh memory takes long to touch."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, NDArray[np.float32]] = {}
+
+    def take(self, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
+        """The buffer of that name, with anything in it."""
+        size, held = prod(shape), self._held.get(name)
+        if held is None or held.size < size:
+            held = self._held[name] = np.empty(size, np.float32)
+        return held[:size].reshape(shape)
+
+
 @dataclass(frozen=True, slots=True)
 class Layout:
     """How the values of a tensor of `shape` share scales; axis is not negative."""
@@ -133,13 +147,19 @@ class Rows:
         n = prod(self.shape)
         return (1, n) if self.tall else (n, 1)
 
-    def read(self, view: NDArray[Any], piece: Box) -> NDArray[np.float32]:
-        """A piece: values x rows if tall, else rows x values; a copy as float32."""
+    def read(
+        self, view: NDArray[Any], piece: Box, space: Space | None = None
+    ) -> NDArray[np.float32]:
+        """A piece: values x rows if tall, else rows x values; a copy as float32.
+
+        space: the copy goes into its buffer "x".
+        """
         part = view[(*self.at, *piece)]
         length = prod(part.shape[3:])
         if self.tall:
             part = part.transpose(3, 4, 0, 1, 2)
-        out = np.array(part, np.float32, order="C")
+        out = (space or Space()).take("x", part.shape)
+        out[...] = part
         return out.reshape((length, -1) if self.tall else (-1, length))
 
     def write(self, view: NDArray[Any], piece: Box, values: NDArray[Any]) -> None:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from onnxq.numerics import alternating
 from onnxq.numerics.clipping import mse, standardized
 from onnxq.numerics.fitting import MOMENTS, Best, Fit, Problem, Values, moments, refined
 from onnxq.numerics.hqq import hqq
@@ -30,7 +31,10 @@ def importance(problem: Problem) -> Fit:
     plain = problem.without_importance()
     start = mse(plain)
     best = Best(problem, start)
-    for other in (hqq(plain, start), standardized(plain), problem.cover):
+    others = [hqq(plain, start), standardized(plain), problem.cover]
+    if alternating.is_short(plain):
+        others += [alternating.least_squares(plain), alternating.least_norm(plain)]
+    for other in others:
         best.offer(other)
     other = best.fit
     _descend(problem, best, mse(problem))

@@ -5,6 +5,8 @@ mse           least squared error by clipping                       `clipping`
 standardized  mean and deviation                                    `clipping`
 hqq           half-quadratic: least p-norm of the errors, p < 1      `hqq`
 importance    least squared error weighted by importance            `leastsquares`
+
+Groups in few bits have mse and hqq by rounding and least squares in turn: `alternating`.
 """
 
 from __future__ import annotations
@@ -15,10 +17,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from onnxq.numerics import alternating
 from onnxq.numerics.clipping import mse, standardized
 from onnxq.numerics.fitting import Fit, Problem, Values, covering
 from onnxq.numerics.grids import SMALLEST_SCALE, Grid
-from onnxq.numerics.grouping import Layout, Rows
+from onnxq.numerics.grouping import Layout, Rows, Space
 from onnxq.numerics.hqq import hqq
 from onnxq.numerics.leastsquares import importance as by_importance
 
@@ -29,6 +32,12 @@ METHODS: dict[str, Callable[[Problem], Fit]] = {
     "hqq": hqq,
     "importance": by_importance,
 }
+SHORT: dict[str, Callable[[Problem], Fit]] = {
+    "mse": alternating.least_squares,
+    "hqq": alternating.least_norm,
+}
+"""How it is done where rows are short and levels few: much faster, and as good."""
+
 DEAD = 2.0**-16  # the least range of a weight's channel, relative to the largest
 TINY = 2.0**-120  # extremes below which scales come near the smallest normal number
 
@@ -48,34 +57,70 @@ def fit_weight(
     still fits. All-zero rows have scale 1. Raises ValueError for an unknown method, a weight with
     NaN or infinities, or an importance that is missing or does not fit.
     """
-    if method not in METHODS:
-        raise ValueError(f"unknown method {method!r} for weights: one of {', '.join(METHODS)}")
-    m = _importance(importance, w.shape) if method == "importance" else None
+    m = normalized(importance, w.shape, method)
     low, high = _extremes(w, layout)
-    if not (np.isfinite(low).all() and np.isfinite(high).all()):
-        raise ValueError("a weight must be finite to be quantized")
+    require_finite(low, high)
     channels = layout.axis is not None and layout.size is None
-    floor = DEAD * max(-low.min(initial=0), high.max(initial=0)) if channels else 0.0
+    floor = dead_below(low, high) if channels else 0.0
+    return fit_rows(w, grid, layout, method, m, (low, high), floor)
+
+
+def fit_rows(
+    w: NDArray[Any],
+    grid: Grid,
+    layout: Layout,
+    method: str,
+    importance: Values | None,
+    extremes: tuple[Values, Values],
+    floor: float,
+    space: Space | None = None,
+) -> tuple[Values, NDArray[Any]]:
+    """`fit_weight` where the rows' extremes are known, and which range is a dead one's.
+
+    importance: as `normalized` gives it; w may be a part of the weight.
+    """
+    low, high = extremes
+    space = Space() if space is None else space
     scale = np.empty(layout.params_shape, np.float32)
     zero = np.empty(layout.params_shape, grid.dtype)
-    importances = [None] * 2 if m is None else layout.views(m)
+    importances = [None] * 2 if importance is None else layout.views(importance)
     params = [layout.params_views(p) for p in (scale, zero, low, high)]
     for view, weights, s, z, lo, hi in zip(layout.views(w), importances, *params, strict=False):
         for rows in Rows.cut(view):
-            extremes = rows.params(lo), rows.params(hi)
-            cover, fixed = _cover(grid, *extremes, floor)
+            ends = rows.params(lo), rows.params(hi)
+            cover, fixed = covered(grid, *ends, floor)
             if method == "minmax" or fixed.all():
                 fit = cover
             else:
-                problem = _problem(grid, rows, (view, weights), extremes, cover, fixed)
-                found = METHODS[method](problem)
+                problem = _problem(grid, rows, (view, weights), ends, cover, fixed, space)
+                found = _method(method, problem)(problem)
                 fit = cover.where(fixed, Fit(_bounded(found.scale / problem.factor), found.zero))
             rows.put(s, fit.scale)
             rows.put(z, fit.zero.astype(grid.dtype))
     return scale, zero
 
 
-def _cover(grid: Grid, low: Values, high: Values, floor: float) -> tuple[Fit, NDArray[np.bool_]]:
+class NotFiniteError(ValueError):
+    """A weight has NaN or infinities."""
+
+
+def require_finite(low: Values, high: Values) -> None:
+    """Raise NotFiniteError for extremes of values that are not finite."""
+    if not (np.isfinite(low).all() and np.isfinite(high).all()):
+        raise NotFiniteError("a weight must be finite to be quantized")
+
+
+def dead_below(low: Values, high: Values) -> float:
+    """The extent below which a channel is a dead one."""
+    return DEAD * max(-float(low.min(initial=0)), float(high.max(initial=0)))
+
+
+def _method(name: str, problem: Problem) -> Callable[[Problem], Fit]:
+    short = SHORT.get(name) if alternating.is_short(problem) else None
+    return short or METHODS[name]
+
+
+def covered(grid: Grid, low: Values, high: Values, floor: float) -> tuple[Fit, NDArray[np.bool_]]:
     """The fit for the extremes, and the rows for which it stays: dead or tiny ones."""
     lo, hi = low.astype(np.float64), high.astype(np.float64)
     extent = np.maximum(-lo, hi)
@@ -84,7 +129,17 @@ def _cover(grid: Grid, low: Values, high: Values, floor: float) -> tuple[Fit, ND
     return fit, dead | (extent < TINY)
 
 
-def _importance(importance: NDArray[Any] | None, shape: tuple[int, ...]) -> Values:
+def normalized(
+    importance: NDArray[Any] | None, shape: tuple[int, ...], method: str
+) -> Values | None:
+    """The importance of each value for the method, 1 at most; None where it wants none.
+
+    Raises ValueError for an unknown method, and an importance that is missing or does not fit.
+    """
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r} for weights: one of {', '.join(METHODS)}")
+    if method != "importance":
+        return None
     if importance is None:
         raise ValueError(
             "the method importance needs to know the layer's inputs: give data, or use hqq"
@@ -121,6 +176,7 @@ def _problem(
     extremes: tuple[Values, Values],
     cover: Fit,
     fixed: NDArray[np.bool_],
+    space: Space,
 ) -> Problem:
     low, high = extremes
     exponent = np.clip(np.frexp(np.maximum(-low, high))[1], -126, 126)
@@ -128,7 +184,8 @@ def _problem(
     # Those that are fixed have scales of another size than theirs: far from 1, they overflow.
     one = np.ones_like(factor)
     start = Fit(np.where(fixed, one, cover.scale) * np.where(fixed, one, factor), cover.zero)
-    return Problem(grid, rows, *views, factor, low * factor, high * factor, start).kept()
+    ends = low * factor, high * factor
+    return Problem(grid, rows, *views, factor, *ends, start, space=space).kept()
 
 
 def _bounded(scale: Values) -> Values:

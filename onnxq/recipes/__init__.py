@@ -15,6 +15,7 @@ from onnxq.core import Pass, Pipeline
 from onnxq.data import Samples
 from onnxq.errors import RecipeError, meant
 from onnxq.options import build, options_of
+from onnxq.parallel import Crew
 from onnxq.plugins import find_pass
 from onnxq.targets import Target
 
@@ -151,8 +152,11 @@ def plan(
     *,
     calibration: Path | None = None,
     progress: Callable[[int], None] | None = None,
+    crew: Crew | None = None,
 ) -> Pipeline:
     """The recipe's passes with their options filled in; nothing runs.
+
+    progress: told of samples that were run. crew: the threads that work on weights.
 
     A pass may say by `opset` which version of the operators it writes: raise_opset goes as far. And
     by `unfit` why the target can do nothing with what it writes: it is left out beside other passes
@@ -168,6 +172,7 @@ def plan(
         "shapes": _input_shapes(samples),
         "calibration": calibration,
         "progress": progress,
+        "crew": crew,
         "version": target.opset,
         "integer_moves": target.integer_moves,
     }
