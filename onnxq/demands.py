@@ -52,8 +52,9 @@ def why_not(notes: Sequence[Note], model: Model) -> str:
         return f"the model is already quantized ({listed}): {START_OVER}"
     reasons = Counter(n.text for n in notes if not n.changed and n.rule.startswith(NARROWING))
     why = "; ".join(f"{text} ({count})" for text, count in reasons.most_common(3))
-    if any(has_weight(node) for node in model.nodes(*WEIGHTS)):
-        return why or "the weights of the model are too small to gain by it"
+    if layers := dict.fromkeys(n.op for n in model.nodes(*WEIGHTS) if has_weight(n)):
+        held = ", ".join(layers)
+        return why or f"its weights ({held}) are too small to gain by it, or not for this target"
     return why or "the model has no layer with a weight"
 
 

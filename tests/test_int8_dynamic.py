@@ -91,6 +91,20 @@ def test_targets_that_have_none_are_refused_at_once(name: str) -> None:
     assert "quantize_dynamic" not in kept
 
 
+def test_weights_that_no_pass_is_for_are_named() -> None:
+    body = (
+        '<ir_version: 8, opset_import: ["": 17]> g (float[5, 2, 32] x) => (float[a, b, c, d] y) '
+        "{ y = LSTM<hidden_size = 32>(x, w, w) }"
+    )
+    proto = parser.parse_model(body)
+    values = np.ones((1, 128, 32), np.float32)
+    proto.graph.initializer.append(numpy_helper.from_array(values, "w"))
+    with pytest.raises(
+        BudgetError, match=r"quantized: its weights \(LSTM\) are too small .* target"
+    ):
+        optimize(proto, recipe="int8", target="tensorrt")
+
+
 def test_layers_that_are_left_to_dynamic_kernels_need_them() -> None:
     """int8-mixed keeps products from quantize_static; without kernels they would stay floats."""
     target = load_target("openvino")
