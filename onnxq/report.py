@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from onnxq.choosing import NOISE, Candidate
 from onnxq.core import Note
 from onnxq.coverage import Coverage
-from onnxq.recipes import Recipe
+from onnxq.recipes import NARROWING, Recipe
 from onnxq.runtime import Latency
 from onnxq.validation import Fidelity, LayerError
 from onnxq.weight_table import StoredWeight, print_largest, print_totals
@@ -68,7 +68,7 @@ class Report:
 
     def float_layers(self) -> list[dict[str, Any]]:
         """Each layer that computes in floats: node, op, share of the work, reason."""
-        reasons = {n.node: n.text for n in self.notes if n.rule.startswith("quantize")}
+        reasons = {n.node: n.text for n in self.notes if n.rule.startswith(NARROWING)}
         reasons |= {n.node: n.text for n in self.notes if not n.changed}
         found = {
             n: text.removeprefix(f"{op}: ")

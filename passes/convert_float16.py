@@ -133,6 +133,7 @@ def _told(
         f"{division.casts} Casts between"
     )
     notes = [Note(NAME, model.graph.name, text, changed=division.half > 0)]
+    notes += [Note(NAME, node, f"computes in {name}") for node in division.layers]
     return notes + [
         Note(NAME, node.name, f"{node.op} stays float32: {kept[id(node)]}", changed=False)
         for node in model.nodes()

@@ -59,11 +59,12 @@ class _Read:
 
 @dataclass(frozen=True, slots=True)
 class Division:
-    """How many nodes have floats, how many of them compute in 16 bits, and the Casts between."""
+    """How many nodes compute in 16 bits, and in float32; the Casts between; layers in 16 bits."""
 
     half: int
     single: int
     casts: int
+    layers: tuple[str, ...]
 
 
 class Regions:
@@ -213,7 +214,8 @@ class Regions:
             if read.reader is not self.model.graph:
                 self._connect(read, read.place in halves, sides, inner, other)
         self._cancel()
-        return Division(len(half), len(floats) - len(half), self.casts)
+        layers = tuple(node.name for node in half if node.op in LAYERS)
+        return Division(len(half), len(floats) - len(half), self.casts, layers)
 
     def _computes_half(self, node: gs.Node, halves: set[Place]) -> bool:
         if id(node) not in self.forms:

@@ -77,7 +77,9 @@ def store(
     for tensor, node in found:
         size = prod(tensor.shape or ())
         left = left - size if node.op == "Conv" else -1.0
-        why = "among the first, its error would go through all layers" if left >= 0 else None
+        why = None
+        if left >= 0 and not _is_exact(tensor, half):
+            why = "among the first, its error would go through all layers"
         why = why or _why_not(model, tensor, floats)
         if why is None:
             why = why_unfit(np.asarray(values_of(tensor)), half)
@@ -95,6 +97,12 @@ def store(
         for user, index in uses:
             user.inputs[index] = wide
         yield Note(rule, node.name, f"{size} values of {tensor.name} stored as {half.name}")
+
+
+def _is_exact(tensor: gs.Tensor, half: HalfType) -> bool:
+    """Whether the format holds all values as they are: those of a 16-bit model."""
+    values = np.asarray(values_of(tensor))
+    return bool((half.rounded(values).astype(FLOAT32) == values).all())
 
 
 def _stored(model: Model) -> list[tuple[gs.Tensor, gs.Node]]:

@@ -119,6 +119,11 @@ def test_the_first_weights_stay_float32_while_they_are_few() -> None:
     _, notes = run(ConvertFloat16(first_share=0.1), proto)
     assert [n.changed for n in notes] == [False, True]
     assert "among the first" in notes[0].text
+    exact = proto.graph.initializer[0]
+    rounded = numpy_helper.to_array(exact).astype(np.float16).astype(np.float32)
+    exact.CopyFrom(numpy_helper.from_array(rounded, "first"))
+    _, notes = run(ConvertFloat16(first_share=0.1), proto)
+    assert [n.changed for n in notes] == [True, True]  # nothing is lost
     _, notes = run(ConvertFloat16(first_share=0.01), proto)
     assert [n.changed for n in notes] == [True, True]
 
