@@ -100,13 +100,20 @@ def run(command: list[str], path: Path) -> dict[str, float] | None:
 
 
 def main() -> None:
-    """Run the benchmark."""
+    """Run the benchmark; "make FOLDER GIGABYTES" is how it calls itself for the model.
+
+    (A process starts with the peak of the one that starts it: this one has to stay small.)
+    """
+    if sys.argv[1:2] == ["make"]:
+        make(Path(sys.argv[2]), float(sys.argv[3]))
+        return
     gigabytes = float(sys.argv[1]) if len(sys.argv) > 1 else 1.6
     rounds = int(sys.argv[2]) if len(sys.argv) > 2 else 3
     chosen = os.environ.get("RUNS", "").split(",") if os.environ.get("RUNS") else list(RUNS)
     best: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory(dir=sys.argv[3] if len(sys.argv) > 3 else None) as name:
-        path = make(Path(name), gigabytes)
+        subprocess.run([sys.executable, __file__, "make", name, str(gigabytes)], check=True)
+        path = Path(name) / "large.onnx"
         for _ in range(rounds):
             for what in chosen:
                 found = run(RUNS[what], path)
