@@ -104,6 +104,8 @@ def _remove(path: Path, status: os.stat_result) -> None:
     if stat.S_ISREG(status.st_mode):
         if path.name.endswith(SUFFIX) and _is_without_owner(path, status):
             path.unlink()
+    elif not (path / LOCK).is_file():
+        return  # somebody else's folder
     elif stat.S_ISDIR(status.st_mode) and _is_without_owner(path / LOCK, status):
         (path / LOCK).unlink(missing_ok=True)  # which Windows refuses while it is open
         shutil.rmtree(path, ignore_errors=True)

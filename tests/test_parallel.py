@@ -276,6 +276,8 @@ def test_what_is_not_ours_is_no_leftover(tmp_path: Path) -> None:
     (tmp_path / "onnxq-models").mkdir()
     (tmp_path / "onnxq-results.csv").write_text("mine")
     (tmp_path / ".onnxq-link.tmp").symlink_to(tmp_path / "onnxq-results.csv")
+    for file in tmp_path.iterdir():
+        os.utime(file, (0, 0), follow_symlinks=False)
     remove_leftovers(tmp_path)
     assert len(os.listdir(tmp_path)) == 4
 

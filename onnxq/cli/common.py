@@ -206,7 +206,8 @@ def _bar(bar: Any) -> Iterator[Callable[[str, int, int], None]]:
         bar.update(tasks[stage], completed=done)
         if stage.endswith(f" {MEGABYTES}"):
             rate = done / (time.monotonic() - start)
-            bar.update(tasks[stage], description=f"{stage}, {rate:.0f} MB/s")
+            name = stage.removesuffix(f" {MEGABYTES}")
+            bar.update(tasks[stage], description=f"{name}, {rate:.0f} MB/s")
 
     try:
         yield tell
