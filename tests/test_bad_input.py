@@ -546,6 +546,7 @@ def begun(folder: Path, *args: Any, is_there: Callable[[int], bool]) -> subproce
     process = subprocess.Popen(
         [sys.executable, "-m", "onnxq", *map(str, args)], cwd=folder, text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # nohup ignores it
     )  # fmt: skip
     end = time.monotonic() + 60
     while not is_there(process.pid):
