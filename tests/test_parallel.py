@@ -295,6 +295,7 @@ def test_an_interrupt_stops_promptly(tmp_path: Path) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", RUN, str(path)], stdout=subprocess.PIPE, text=True,
         stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # nohup ignores it
     ) as process:  # fmt: skip
         assert process.stdout is not None
         assert process.stdout.readline() == "at work\n"
