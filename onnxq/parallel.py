@@ -83,9 +83,9 @@ class Crew:
                 while not wait((future,), TOLD_EVERY).done:
                     progress.told()
                 ahead.popleft()
+                progress.told()
                 yield future
                 used -= memory
-            progress.told()
         finally:
             progress.stop.set()
             pool.shutdown(cancel_futures=True)
