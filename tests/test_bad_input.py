@@ -615,14 +615,15 @@ def test_stopped_while_writing(
 
 
 def test_what_a_killed_run_left_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fcntl = pytest.importorskip("fcntl")
     monkeypatch.delattr(os, "O_TMPFILE", raising=False)  # a system where all files have names
-    old, new = tmp_path / ".onnxq-0123456789abcdef.tmp", tmp_path / ".onnxq-fedcba9876543210.tmp"
-    for file in (old, new):
-        file.touch()
-    os.utime(old, (0, 0))
-    done = run("optimize", MODEL, tmp_path / "out.onnx", "--recipe", "cleanup", "--no-validate")
-    assert done.exit_code == 0
-    assert sorted(os.listdir(tmp_path)) == [new.name, "out.onnx"]  # may be in use: not a day old
+    left, used = tmp_path / ".onnxq-0123456789abcdef.tmp", tmp_path / ".onnxq-fedcba9876543210.tmp"
+    left.touch()
+    with used.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # as the run does that writes it
+        done = run("optimize", MODEL, tmp_path / "out.onnx", "--recipe", "cleanup", "--no-validate")
+        assert done.exit_code == 0
+        assert sorted(os.listdir(tmp_path)) == [used.name, "out.onnx"]
 
 
 def test_no_signal_comes_between_a_data_file_and_its_model(tmp_path: Path) -> None:
