@@ -161,7 +161,7 @@ class Report:
             return
         console.print(f"layers that compute in floats: {len(layers)}")
         for layer in layers[:SHOWN]:
-            reason = layer["reason"] or "no pass takes this operator"
+            reason = layer["reason"] or "no pass takes it: it has few weights, or none"
             console.print(f"  {layer['share']:6.1%}  {layer['op']} {layer['node']}: {reason}")
         _more(console, len(layers))
 
