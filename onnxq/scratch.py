@@ -88,7 +88,7 @@ class Draft:
         else:
             self.place[start : start + data.size] = data
 
-    def values(self) -> Values:
+    def values(self) -> Stored:
         """The tensor's values, when all is written."""
         if isinstance(self.place, DataFile):
             return Spilled(self.tensor, self.place, self.offset)

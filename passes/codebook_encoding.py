@@ -28,9 +28,12 @@ from onnxq.codebooks import Codes
 from onnxq.passes.encodings import CAST_SINCE, Emitter
 from onnxq.passes.layouts import Held
 from onnxq.schemes import FORMATS
+from onnxq.scratch import Scratch
+from onnxq.weights import Stored
 
 SINCE = 10  # Mod, and Slice with inputs
 AXES_SINCE = 13  # ReduceSum with axes as an input
+STEP = 1 << 16  # numbers that are packed at once
 TYPES = {2: "uint2", 4: "uint4", 7: "uint8", 8: "uint8"}
 
 
@@ -72,18 +75,61 @@ class IndexStorage:
         return 8 * PACKED[self.bits].size / PACKED[self.bits].count
 
 
-def coded(on: Emitter, held: Held, codes: Codes, storage: IndexStorage) -> gs.Tensor:
+@dataclass(frozen=True, slots=True, eq=False)
+class Coded:
+    """A weight as it is stored: indices as the constant that they become, codebook and scales.
+
+    shape: of the indices; size: how many values of a row share a scale. scale: None if all are 1.
+    """
+
+    held: Held
+    storage: IndexStorage
+    indices: Stored
+    shape: tuple[int, int]
+    size: int
+    codebook: NDArray[np.float32]
+    scale: NDArray[np.float32] | None
+
+    @classmethod
+    def of(cls, held: Held, codes: Codes, storage: IndexStorage, scratch: Scratch) -> Coded:
+        """Indices go to the scratch. Raises ModelError when its disk is full."""
+        dim = codes.codebook.shape[1] if codes.codebook.ndim > 1 else 1
+        channels, length = len(codes.indices), held.length
+        size = codes.group_size or -(-length // dim) * dim
+        shape = channels, -(-length // size) * size // dim
+        indices = codes.indices
+        if indices.shape != shape:
+            indices = np.zeros(shape, np.uint8)
+            indices[:, : codes.indices.shape[1]] = codes.indices
+        return cls(
+            held, storage, _stored(indices, storage, scratch), shape, size, *_absorbed(codes)
+        )
+
+
+def _stored(indices: NDArray[np.uint8], storage: IndexStorage, scratch: Scratch) -> Stored:
+    """The indices as bytes; ONNX, too, has the first one of a byte in its lowest bits."""
+    if storage.type is not None and FORMATS[storage.type].bits == 8:
+        draft = scratch.draft(indices.dtype, indices.shape)
+        draft.write(0, indices.reshape(-1))
+        return draft.values()
+    digits, flat = PACKED[storage.bits], indices.reshape(-1)
+    if storage.type is not None:
+        draft = scratch.draft(FORMATS[storage.type].dtype, indices.shape)
+    else:
+        draft = scratch.draft(np.dtype(np.uint8), (-(-flat.size // digits.count), digits.size))
+    for first in range(0, flat.size, digits.count * STEP):
+        part = pack(flat[first : first + digits.count * STEP], storage.bits)
+        draft.write(first // digits.count * digits.size, part.reshape(-1))
+    return draft.values()
+
+
+def coded(on: Emitter, weight: Coded) -> gs.Tensor:
     """Write a weight as indices, codebook and scales."""
-    dim = codes.codebook.shape[1] if codes.codebook.ndim > 1 else 1
-    channels, length = len(codes.indices), held.length
-    size = codes.group_size or -(-length // dim) * dim
-    groups = -(-length // size)
-    indices = np.zeros((channels, groups * size // dim), np.uint8)
-    indices[:, : codes.indices.shape[1]] = codes.indices
-    codebook, scale = _absorbed(codes)
+    codebook, scale, size, length = weight.codebook, weight.scale, weight.size, weight.held.length
+    channels, groups = weight.shape[0], -(-length // size)
     wide = on.emit(
-        "Gather", on.constant("codebook", codebook), _unpacked(on, indices, storage),
-        name="entries", shape=indices.shape + codebook.shape[1:],
+        "Gather", on.constant("codebook", codebook), _unpacked(on, weight),
+        name="entries", shape=weight.shape + codebook.shape[1:],
     )  # fmt: skip
     if scale is not None:
         wide = _reshaped(on, wide, (channels, groups, size))
@@ -91,7 +137,7 @@ def coded(on: Emitter, held: Held, codes: Codes, storage: IndexStorage) -> gs.Te
         wide = on.emit("Mul", wide, factor, name="unpacked", shape=wide.shape)
     if groups * size != length:
         wide = on.cut(_reshaped(on, wide, (channels, groups * size)), 1, length)
-    return on.narrowed(on.as_weight(wide, held))
+    return on.narrowed(on.as_weight(wide, weight.held))
 
 
 def _reshaped(on: Emitter, tensor: gs.Tensor, shape: tuple[int, ...]) -> gs.Tensor:
@@ -106,22 +152,23 @@ def _absorbed(codes: Codes) -> tuple[NDArray[np.float32], NDArray[np.float32] | 
     return codes.codebook, codes.scale
 
 
-def _unpacked(on: Emitter, indices: NDArray[np.uint8], storage: IndexStorage) -> gs.Tensor:
+def _unpacked(on: Emitter, weight: Coded) -> gs.Tensor:
     """The indices as int32, of their shape."""
+    storage = weight.storage
     if storage.type is not None:
-        narrow = indices.astype(FORMATS[storage.type].dtype)
-        return on.cast(on.constant(storage.type, narrow), np.int32)
+        return on.cast(on.constant(storage.type, weight.indices), np.int32)
     digits = PACKED[storage.bits]
     places = np.int32(256) ** np.arange(digits.size, dtype=np.int32)
     bases = np.int32(1 << storage.bits) ** np.arange(digits.count, dtype=np.int32)
-    numbers = on.cast(on.constant("packed", pack(indices, storage.bits)), np.int32)
+    numbers = on.cast(on.constant("packed", weight.indices), np.int32)
     if digits.size > 1:
         numbers = _summed(on, _emit(on, "Mul", numbers, "places", places[None]))
     found = _emit(on, "Div", numbers, "bases", bases[None])
     found = _emit(on, "Mod", found, "base", np.array(1 << storage.bits, np.int32))
-    if prod(found.shape) != indices.size:
-        found = on.cut(on.reshaped(found, (prod(found.shape),)), 0, indices.size)
-    return _reshaped(on, found, indices.shape)
+    count = prod(weight.shape)
+    if prod(found.shape) != count:
+        found = on.cut(on.reshaped(found, (prod(found.shape),)), 0, count)
+    return _reshaped(on, found, weight.shape)
 
 
 def pack(indices: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:

@@ -13,21 +13,23 @@ the state of LSTM, GRU and RNN, whose errors add up from step to step.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any, Literal
 
-import numpy as np
-
-from onnxq.codebooks import CodebookScheme, Kind, fit_codebook
+from onnxq.codebooks import CodebookScheme, Kind
 from onnxq.core import Note, Skip
 from onnxq.data import Samples
 from onnxq.layers import Layers
 from onnxq.model import Model
-from onnxq.passes.codebook_encoding import SINCE, IndexStorage, coded
+from onnxq.parallel import Crew
+from onnxq.passes.codebook_encoding import SINCE, Coded, IndexStorage, coded
+from onnxq.passes.coding import CodeSource
 from onnxq.passes.encodings import CAST_SINCE, Emitter, Packed, evened, opset_for, stored
 from onnxq.passes.importance import Importance, observed
 from onnxq.passes.layouts import Held
+from onnxq.passes.streamed import Making, Source, each_made
 from onnxq.passes.weight_storage import (
     Found,
     Unpacked,
@@ -45,7 +47,6 @@ from onnxq.schemes import (
     PerGroup,
     PerTensor,
     QuantScheme,
-    quantize_weight,
 )
 from onnxq.targets import Target
 
@@ -80,6 +81,7 @@ class QuantizeCodebook:
     target: Target | None = None
     samples: Samples | None = field(default=None, repr=False)
     progress: Callable[[int], None] | None = field(default=None, repr=False, compare=False)
+    crew: Crew | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         allowed = self.allowed
@@ -183,6 +185,11 @@ class _Job:
     remark: str = ""
 
     @property
+    def form(self) -> str:
+        """What tells apart ways to store one weight."""
+        return repr(self.scheme)
+
+    @property
     def text(self) -> str:
         """What it will be."""
         held, scheme = self.weight.held, self.scheme
@@ -210,11 +217,17 @@ class _Work:
         if self.options.range == WEIGHED and jobs:
             held = [(job.weight.node, job.weight.held) for job in jobs]
             importance = observed(self.model, held, self.options.samples, self.options.progress)
-        for number, job in enumerate(jobs):
-            try:
-                self._store(job, number, importance)
-            except Skip as reason:
-                self._declined(job.weight, str(reason))
+        sources: list[Making[Packed | Coded]] = [
+            self._source(job, number, importance) for number, job in enumerate(jobs)
+        ]
+        keys = [(id(j.weight.tensor), j.weight.held.key, j.form) for j in jobs]
+        crew, scratch = self.options.crew or Crew(), self.model.scratch
+        with closing(each_made(crew, scratch, keys, sources)) as made:
+            for job, result in zip(jobs, made, strict=True):
+                try:
+                    self._store(job, result.result(), importance)
+                except Skip as reason:
+                    self._declined(job.weight, str(reason))
         if any(note.changed for note in self.notes):
             self.model.sweep()
         return self.notes
@@ -266,24 +279,23 @@ class _Work:
             raise Skip(old)
         return _Job(weight, scheme, storage, remark)
 
-    def _store(self, job: _Job, number: int, importance: Importance) -> None:
-        weight, scheme = job.weight, job.scheme
-        held = weight.held
+    def _source(self, job: _Job, number: int, importance: Importance) -> Source | CodeSource:
+        weight, scheme, held = job.weight, job.scheme, job.weight.held
         squares = importance.get((id(weight.node), held.index))
-        weighed = None if squares is None else held.importance(squares)
-
-        def write(on: Emitter) -> Any:
-            rows = held.rows(weight.values().astype(np.float32))
-            if isinstance(scheme, QuantScheme):
-                method: Literal["mse", "importance"] = "mse" if weighed is None else "importance"
-                numbers, params = quantize_weight(rows, scheme, None, method, importance=weighed)
-                return stored(on, Packed(held, numbers, params))
+        if isinstance(scheme, CodebookScheme):
             seed = self.options.seed + number
-            codes = fit_codebook(rows, scheme, importance=weighed, seed=seed)
-            return coded(on, held, codes, job.storage)
+            return CodeSource(weight.tensor, held, scheme, job.storage, seed, squares)
+        method: Literal["mse", "importance"] = "mse" if squares is None else "importance"
+        return Source(weight.tensor, held, scheme, method, squares=squares)
 
-        self.unpacked.use(weight, repr(scheme), write)
-        unseen = self.options.range == WEIGHED and weighed is None
+    def _store(self, job: _Job, made: Packed | Coded, importance: Importance) -> None:
+        def write(on: Emitter) -> Any:
+            return coded(on, made) if isinstance(made, Coded) else stored(on, made)
+
+        weight = job.weight
+        self.unpacked.use(weight, job.form, write)
+        is_seen = (id(weight.node), weight.held.index) in importance
+        unseen = self.options.range == WEIGHED and not is_seen
         text = f"{job.text}{', mse: its input was not observed' if unseen else ''}"
         self.notes.append(Note(NAME, weight.node.name, text))
 

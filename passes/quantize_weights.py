@@ -13,9 +13,7 @@ group of values within a channel.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -32,7 +30,7 @@ from onnxq.parallel import Crew
 from onnxq.passes.encodings import Encoding, Packed, dequantized, evened, opset_for, stored
 from onnxq.passes.importance import Importance, observed
 from onnxq.passes.layouts import Held
-from onnxq.passes.streamed import Source
+from onnxq.passes.streamed import Source, each_made
 from onnxq.passes.weight_kernels import why_no_gain, why_no_kernel
 from onnxq.passes.weight_storage import (
     Found,
@@ -290,26 +288,14 @@ class _Work:
     def _store_all(self, jobs: list[_Job], importance: Importance) -> None:
         """Quantize on all threads; edit the model here, in the order of the jobs."""
         keys = [self._key(job, number) for number, job in enumerate(jobs)]
-        sources: dict[object, Source] = {}
-        for number, (key, job) in enumerate(zip(keys, jobs, strict=True)):
-            if key not in sources:
-                sources[key] = self._source(job, number, importance)
-        todo, left = list(sources.values()), Counter(keys)
-        made: dict[object, Future[Packed]] = {}
+        sources = [self._source(job, number, importance) for number, job in enumerate(jobs)]
         crew, scratch = self.options.crew or Crew(), self.model.scratch
-        with closing(
-            crew.run([s.work() for s in todo], lambda n, tick: todo[n].packed(scratch, tick))
-        ) as results:
-            for key, job in zip(keys, jobs, strict=True):
-                if key not in made:
-                    made[key] = next(results)
+        with closing(each_made(crew, scratch, keys, sources)) as made:
+            for job, source, packed in zip(jobs, sources, made, strict=True):
                 try:
-                    self._store(job, made[key].result(), sources[key].method)
+                    self._store(job, packed.result(), source.method)
                 except Skip as reason:
                     self._declined(job.weight.node, str(reason))
-                left[key] -= 1
-                if not left[key]:
-                    del made[key]
 
     def _key(self, job: _Job, number: int) -> object:
         """The same for jobs that share what they store."""

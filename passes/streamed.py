@@ -7,9 +7,13 @@ convolutions, stochastic and balanced rounding, one scale for a tensor that is s
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import Future
+from contextlib import closing
 from dataclasses import dataclass
 from math import prod
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -21,7 +25,7 @@ from onnxq.numerics.grouping import PIECE
 from onnxq.numerics.slabs import STRIP, Read, Shape, quantize_slabs
 from onnxq.numerics.weights import NotFiniteError
 from onnxq.packed import remembered
-from onnxq.parallel import Tick, Work
+from onnxq.parallel import Crew, Futures, Tick, Work
 from onnxq.passes.encodings import Packed
 from onnxq.passes.layouts import Held
 from onnxq.schemes import (
@@ -36,7 +40,10 @@ from onnxq.schemes import (
 from onnxq.scratch import Scratch
 from onnxq.weights import reader
 
+Made = TypeVar("Made", covariant=True)
+
 COPIES = 6  # arrays of a slab's size that a method has at once, about
+NOT_FINITE = "its weight has NaN or infinite values"
 WHOLE = 24  # bytes a value that a weight takes which is read whole, about
 
 
@@ -78,7 +85,7 @@ class Source:
         params = 16 * prod(shape.params)
         return Work(size, min(4 * COPIES * slab, WHOLE * count) + params, name)
 
-    def packed(self, scratch: Scratch, tick: Tick) -> Packed:
+    def made(self, scratch: Scratch, tick: Tick) -> Packed:
         """The weight in integers. Raises Skip where a value is not finite."""
         shape, grid = self.shape, remembered(self.tensor)
         if grid is not None and (known := grid.map(self.held.rows).fitted(self.scheme)):
@@ -86,7 +93,7 @@ class Source:
         try:
             return self._whole(tick) if shape is None else self._streamed(shape, scratch, tick)
         except NotFiniteError as e:
-            raise Skip("its weight has NaN or infinite values") from e
+            raise Skip(NOT_FINITE) from e
 
     def _streamed(self, shape: Shape, scratch: Scratch, tick: Tick) -> Packed:
         """In slabs; the integers are stored as they lie in the weight."""
@@ -127,6 +134,75 @@ class Source:
             numbers = balance(exact, near, scheme, params, 0).reshape(rows.shape)
         tick(values.nbytes)
         return Packed(held, numbers, params)
+
+
+class Making(Protocol[Made]):
+    """Something that makes what one weight is stored as, on a thread of its own."""
+
+    def work(self) -> Work:
+        """What it takes."""
+        ...
+
+    def made(self, scratch: Scratch, tick: Tick, /) -> Made:
+        """What is stored; raises Skip where the weight stays as it is."""
+        ...
+
+
+def each_made(
+    crew: Crew, scratch: Scratch, keys: Sequence[object], sources: Sequence[Making[Made]]
+) -> Futures[Made]:
+    """What comes of each source, in their order; of those that share a key the first one is made.
+
+    To be closed by who does not take all. Raises RecipeError as `Crew.run` does.
+    """
+    first: dict[object, Making[Made]] = {}
+    for key, source in zip(keys, sources, strict=True):
+        first.setdefault(key, source)
+    todo, left, made = list(first.values()), Counter(keys), dict[object, Future[Made]]()
+    with closing(
+        crew.run([s.work() for s in todo], lambda n, tick: todo[n].made(scratch, tick))
+    ) as results:
+        for key in keys:
+            if key not in made:
+                made[key] = next(results)
+            left[key] -= 1
+            yield made[key] if left[key] else made.pop(key)
+
+
+def rows_of(tensor: gs.Tensor, held: Held, tick: Tick) -> NDArray[np.float32]:
+    """A weight's values as rows [channels, values]; nothing else holds them.
+
+    Raises Skip where one is not finite.
+    """
+    first, last = held.summed[0], held.summed[-1]
+    if last - first + 1 != len(held.summed):
+        tick(0)
+        rows = np.ascontiguousarray(held.rows(np.asarray(values_of(tensor))), np.float32)
+        _require_finite(rows)
+        return rows
+    before, length, behind = prod(held.shape[:first]), held.length, prod(held.shape[last + 1 :])
+    rows, read = np.empty((before, behind, length), np.float32), reader(tensor._values)
+    if behind == 1:
+        flat = rows.reshape(-1)
+        for start in range(0, flat.size, PIECE):
+            read(start, flat[start : start + PIECE])
+            _require_finite(flat[start : start + PIECE])
+            tick(0)
+        return rows.reshape(-1, length)
+    step = max(1, PIECE // max(behind, 1))
+    for row in range(before):
+        for start in range(0, length, step):
+            x = np.empty((min(step, length - start), behind), np.float32)
+            read((row * length + start) * behind, x.reshape(-1))
+            _require_finite(x)
+            rows[row, :, start : start + step] = x.T
+            tick(0)
+    return rows.reshape(-1, length)
+
+
+def _require_finite(x: NDArray[np.float32]) -> None:
+    if not np.isfinite(x).all():
+        raise Skip(NOT_FINITE)
 
 
 def _told(read: Read, tick: Tick) -> Read:

@@ -28,7 +28,7 @@ from onnxq.numerics.fitting import Fit, Problem, Values
 LEANING = {4: (1.0, -0.95, 0.92, -0.88, 0.85), 2: (1.0, -0.9, 0.8, -0.7, 0.6, -0.5)}
 EVEN = {4: (1.0, 0.95, 0.9, 0.85), 2: (1.0, 0.85, 0.7, 0.55)}
 ENDS = {
-    4: ((1.0, 1.0), (0.93, 0.93), (1.0, 0.88), (0.88, 1.0)),
+    4: ((1.0, 1.0), (1.0, 0.9), (0.9, 1.0)),
     2: ((1.0, 1.0), (0.75, 0.75), (0.6, 0.6), (1.0, 0.6), (0.6, 1.0)),
 }
 OUTLIERS = 0.55  # of the step for the extremes: below, the one for a normal distribution is tried
@@ -142,9 +142,8 @@ class _Columns:
         if self.grid.symmetric:
             np.clip(k, self.least, self.most, out=k)
             return
-        k += fit.zero
-        np.clip(k, self.least, self.most, out=k)
-        k -= fit.zero
+        np.maximum(k, self.least - fit.zero, out=k)
+        np.minimum(k, self.most - fit.zero, out=k)
 
     def _solved(self, fit: Fit, kt: Values, total: Values | None) -> tuple[Fit, Values]:
         """The best parameters for k and some targets, and how much these explain.

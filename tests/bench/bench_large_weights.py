@@ -53,6 +53,9 @@ RUNS: dict[str, list[str]] = {
     "int8": [*WHOLE, "--range", "minmax"],
     "int4_hqq": [*INT4, "--symmetric", "--range", "hqq"],
     "uint4_hqq": [*COMMAND, "--recipe", "int4-weights", "--layer", "*=uint4"],
+    "kmeans": [*COMMAND, "--recipe", "codebook-weights"],
+    "float16": [*COMMAND, "--recipe", "float16"],
+    "dynamic": [*COMMAND, "--recipe", "int8-dynamic"],
     "cleanup": [*COMMAND, "--recipe", "cleanup"],
 }
 
