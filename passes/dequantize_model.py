@@ -92,7 +92,8 @@ def _constants(recovery: Recovery, model: Model) -> list[Note]:
             continue
         known_shape = tensor.shape is not None and all(isinstance(d, int) for d in tensor.shape)
         shape = tensor.shape if known_shape else stands.read().numbers.shape
-        weight = recovery.constant(stands.numbers, stands.read, tensor.name, shape, tensor.dtype)
+        dtype = tensor.dtype or stands.read().dtype  # nobody infers com.microsoft's types
+        weight = recovery.constant(stands.numbers, stands.read, tensor.name, shape, dtype)
         for node, i in list(readers(tensor)):
             if any(node is user for user in users):
                 node.inputs[i] = weight
@@ -116,7 +117,7 @@ def _pair(recovery: Recovery, node: gs.Node) -> str | None:
     made = recovery.lifted(node.inputs[0], node.inputs[1], zero, node)
     if made is None:
         return None
-    if made.dtype != out.dtype:
+    if None not in (made.dtype, out.dtype) and made.dtype != out.dtype:
         raise Skip(f"its result is {out.dtype}, what was quantized is {made.dtype}")
     recovery.replace(out, made)
     return "floats in place of the pair"

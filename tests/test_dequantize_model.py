@@ -277,3 +277,16 @@ def test_bodies() -> None:
 
 def test_nothing_to_do() -> None:
     assert not check_pass(DequantizeModel(), proto("h = MatMul(x, wf) y = Relu(h)")).notes
+
+
+def test_pairs_of_another_domain_have_types_that_nobody_infers() -> None:
+    made = proto(
+        """
+        q = com.microsoft.QuantizeLinear(small, s, z) a = com.microsoft.DequantizeLinear(q, s, z)
+        m = com.microsoft.DequantizeLinear(w, ws, wz) r = MatMul(a, m)
+        p = com.microsoft.QuantizeLinear(r, s2, z2) y = com.microsoft.DequantizeLinear(p, s2, z2)
+    """,
+        SMALL,
+    )
+    result = check_pass(DequantizeModel(), made, feeds=on_grid(made), atol=0.0501)
+    assert result.ops == {"MatMul": 1}
