@@ -105,7 +105,7 @@ def _constants(recovery: Recovery, model: Model) -> list[Note]:
 def _recovered(recovery: Recovery, node: gs.Node) -> str | None:
     """What was done with a node; None where there is nothing to do."""
     if node.op == "DequantizeLinear":
-        return _pair(recovery, node)
+        return _pair(recovery, node) if recovery.is_read(node.outputs[0]) else None
     if node.op in ("MatMulNBits", "GatherBlockQuantized"):
         return _nbits(recovery, node)
     return recover_qoperator(recovery, node) or recover_dynamic(recovery, node)
@@ -134,7 +134,7 @@ def _nbits(recovery: Recovery, node: gs.Node) -> str:
         raise Skip(f"how {stands.bits} bits are packed is not known")
     model, out, tensor = recovery.model, node.outputs[0], node.inputs[index]
     shape = shape_of(node, tensor, stands)
-    weight = recovery.weight(stands, shape, tensor.name, out.dtype or FLOAT)
+    weight = recovery.weight(stands, shape, tensor.name, node.inputs[2].dtype or FLOAT)
     if node.op == "GatherBlockQuantized":
         made = model.emit(
             "Gather", weight, node.inputs[1], name=f"{out.name}_float", like=out, at=node,
