@@ -27,6 +27,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from onnxq import bodies
 from onnxq.errors import ModelError
+from onnxq.graphs import DEFAULT_DOMAIN
 from onnxq.model import Model
 from onnxq.statistics import Histogram, MinMax, Squares, Statistic
 from onnxq.weights import data_type_of
@@ -108,9 +109,10 @@ def instrument(model: Model, wanted: Wanted, first: Feed) -> tuple[onnx.ModelPro
         if t.dtype is not None
     }
     shapes = model.shapes_for({name: np.shape(values) for name, values in first.items()})
-    opset = max(o.version for o in proto.opset_import if o.domain in ("", "ai.onnx"))
+    if all(o.domain not in DEFAULT_DOMAIN for o in proto.opset_import):
+        proto.opset_import.add(version=model.opset)
     graph.ClearField("output")
-    extra, log = Observations(graph, opset), bodies.Log()
+    extra, log = Observations(graph, model.opset), bodies.Log()
     probes = []
     for tensor, statistic in wanted.items():
         if statistic not in (MinMax, Histogram) and not isinstance(statistic, Squares):

@@ -92,7 +92,8 @@ def _constants(recovery: Recovery, model: Model) -> list[Note]:
             continue
         known_shape = tensor.shape is not None and all(isinstance(d, int) for d in tensor.shape)
         shape = tensor.shape if known_shape else stands.read().numbers.shape
-        weight = recovery.constant(stands.numbers, stands.read, tensor.name, shape, tensor.dtype)
+        dtype = tensor.dtype or stands.read().dtype  # nobody infers com.microsoft's types
+        weight = recovery.constant(stands.numbers, stands.read, tensor.name, shape, dtype)
         for node, i in list(readers(tensor)):
             if any(node is user for user in users):
                 node.inputs[i] = weight
@@ -104,7 +105,7 @@ def _constants(recovery: Recovery, model: Model) -> list[Note]:
 def _recovered(recovery: Recovery, node: gs.Node) -> str | None:
     """What was done with a node; None where there is nothing to do."""
     if node.op == "DequantizeLinear":
-        return _pair(recovery, node)
+        return _pair(recovery, node) if recovery.is_read(node.outputs[0]) else None
     if node.op in ("MatMulNBits", "GatherBlockQuantized"):
         return _nbits(recovery, node)
     return recover_qoperator(recovery, node) or recover_dynamic(recovery, node)
@@ -116,7 +117,7 @@ def _pair(recovery: Recovery, node: gs.Node) -> str | None:
     made = recovery.lifted(node.inputs[0], node.inputs[1], zero, node)
     if made is None:
         return None
-    if made.dtype != out.dtype:
+    if None not in (made.dtype, out.dtype) and made.dtype != out.dtype:
         raise Skip(f"its result is {out.dtype}, what was quantized is {made.dtype}")
     recovery.replace(out, made)
     return "floats in place of the pair"
@@ -133,7 +134,7 @@ def _nbits(recovery: Recovery, node: gs.Node) -> str:
         raise Skip(f"how {stands.bits} bits are packed is not known")
     model, out, tensor = recovery.model, node.outputs[0], node.inputs[index]
     shape = shape_of(node, tensor, stands)
-    weight = recovery.weight(stands, shape, tensor.name, out.dtype or FLOAT)
+    weight = recovery.weight(stands, shape, tensor.name, node.inputs[2].dtype or FLOAT)
     if node.op == "GatherBlockQuantized":
         made = model.emit(
             "Gather", weight, node.inputs[1], name=f"{out.name}_float", like=out, at=node,

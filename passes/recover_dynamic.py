@@ -44,7 +44,7 @@ def _integer(recovery: Recovery, node: gs.Node) -> str:
         raise Skip("its input is not quantized by a DynamicQuantizeLinear")
     if weight is None:
         raise Skip("its weight is not constant")
-    end, scale = _scaled(node, quantizer.outputs[1])
+    end, scale = _scaled(recovery, node, quantizer.outputs[1])
     is_conv = node.op == "ConvInteger"
     if scale.size > 1:
         scale = scale.reshape(-1)
@@ -61,7 +61,7 @@ def _integer(recovery: Recovery, node: gs.Node) -> str:
         points = None if zeros is None else values_of(zeros)
         return Grid.of(held, scale, points, axis=axis)
 
-    x, end = _without_sizes(quantizer.inputs[0], end)
+    x, end = _without_sizes(recovery, quantizer.inputs[0], end)
     x = _moved(recovery, source, x, node)
     w = recovery.constant(numbers, read, numbers.name, numbers.shape)
     _put(recovery, node, INTEGER[node.op], (x, w), end, dict(node.attrs))
@@ -91,15 +91,17 @@ def _moved(recovery: Recovery, tensor: gs.Tensor, x: gs.Tensor, node: gs.Node) -
     )  # fmt: skip
 
 
-def _scaled(node: gs.Node, scale: gs.Tensor) -> tuple[gs.Tensor, NDArray[np.float32]]:
+def _scaled(
+    recovery: Recovery, node: gs.Node, scale: gs.Tensor
+) -> tuple[gs.Tensor, NDArray[np.float32]]:
     """The tensor behind Cast and all scales, and the weight's scales; Skip where it has none."""
-    cast = _only_reader(node.outputs[0])
+    cast = _only_reader(recovery, node.outputs[0])
     if cast is None or cast.op != "Cast":
         raise Skip("its sums are not scaled as those of a quantized layer")
     end, product = cast.outputs[0], np.ones((), np.float32)
     is_input_scaled = is_weight_scaled = False
     while not (is_input_scaled and is_weight_scaled):
-        factor = _only_reader(end)
+        factor = _only_reader(recovery, end)
         if factor is None or factor.op != "Mul":
             raise Skip("its sums are not scaled as those of a quantized layer")
         other = factor.inputs[1] if factor.inputs[0] is end else factor.inputs[0]
@@ -133,14 +135,15 @@ def _is_dynamic(tensor: gs.Tensor) -> bool:
     return node is not None and values_of(node.inputs[0]) is None
 
 
-def _only_reader(tensor: gs.Tensor) -> gs.Node | None:
+def _only_reader(recovery: Recovery, tensor: gs.Tensor) -> gs.Node | None:
     found = [node for node, _ in readers(tensor)]
-    return found[0] if len(found) == 1 else None
+    is_output = recovery.model.is_output(tensor)
+    return found[0] if len(found) == 1 and not is_output else None
 
 
-def _without_sizes(x: gs.Tensor, end: gs.Tensor) -> tuple[gs.Tensor, gs.Tensor]:
+def _without_sizes(recovery: Recovery, x: gs.Tensor, end: gs.Tensor) -> tuple[gs.Tensor, gs.Tensor]:
     """X and y of x / sizes ... * sizes, where sizes are of rows."""
-    divide, multiply = producer(x), _only_reader(end)
+    divide, multiply = producer(x), _only_reader(recovery, end)
     if divide is None or divide.op != "Div" or multiply is None or multiply.op != "Mul":
         return x, end
     sizes = divide.inputs[1]

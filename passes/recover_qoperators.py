@@ -82,6 +82,9 @@ def recover_qoperator(recovery: Recovery, node: gs.Node) -> str | None:
     ends = [_at(node, i) for i in form.result]
     if ends[0] is not None and activation_params(ends[0], ends[1], np.uint8) is None:
         raise Skip("the scale of its result is not one constant")
+    scales = [node.inputs[scale] for _, scale, _ in form.operands]
+    if any(scale.dtype not in (None, FLOAT) for scale in scales):
+        raise Skip(f"its scales are {scales[0].dtype}: what it computes in floats is not known")
     inputs = [node.inputs[i] for i in form.plain]
     known = dict(weights_of(node))
     for tensor, scale, zero in form.operands:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -76,6 +77,10 @@ class Recovery:
 
     # Tensors.
 
+    def is_read(self, tensor: gs.Tensor) -> bool:
+        """Whether anybody still wants a tensor."""
+        return self.model.is_output(tensor) or any(True for _ in readers(tensor))
+
     def now(self, tensor: gs.Tensor) -> gs.Tensor:
         """The tensor that is there in its place by now."""
         while id(tensor) in self.heirs:
@@ -102,10 +107,15 @@ class Recovery:
     def floats(
         self, tensor: gs.Tensor, scale: gs.Tensor, zero: gs.Tensor | None, node: gs.Node
     ) -> gs.Tensor:
-        """The float tensor that integers stand for; where nothing is known, dequantized here."""
+        """The float tensor that integers stand for; where nothing is known, dequantized here.
+
+        Raises Skip where that takes an axis, which operators on integers do not name.
+        """
         found = self.lifted(tensor, scale, zero, node)
         if found is not None:
             return found
+        if prod(scale.shape or (1,) if isinstance(scale, gs.Constant) else (1,)) > 1:
+            raise Skip(f"{tensor.name} is not constant, and has scales of channels")
         inputs = [tensor, scale, *([] if zero is None else [zero])]
         return self.model.emit(
             "DequantizeLinear", *inputs, name=f"{tensor.name}_float", dtype=FLOAT,
@@ -228,7 +238,7 @@ class Recovery:
         """Quantize again what somebody still wants in integers; note what was seen of ranges."""
         model = self.model
         for out, made, params in self.integers:
-            if model.is_output(out) or any(True for _ in readers(out)):
+            if self.is_read(out):
                 made = self.now(made)
                 q = model.emit(
                     "QuantizeLinear", made, *params, name=f"{out.name}_q", dtype=out.dtype,

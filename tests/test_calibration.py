@@ -272,3 +272,16 @@ def test_damaged_foreign_and_newer_files(tmp_path: Path, monkeypatch: Any) -> No
         path.write_bytes(content)
         with pytest.raises(DataError, match="not a calibration"):
             load_calibration(path)
+
+
+def test_a_model_of_operators_of_others_alone() -> None:
+    made = Model.from_proto(
+        parser.parse_model("""<ir_version: 8, opset_import: ["com.microsoft" : 1]>
+        g (float[2, 3] x) => (float[2, 3] y) {
+            h = com.microsoft.Gelu(x)
+            y = com.microsoft.Gelu(h)
+        }""")
+    )
+    made.graph.tensors()["h"].dtype = np.dtype(np.float32)
+    seen = calibrate(made, {"x": MinMax, "h": MinMax}, [{"x": np.full((2, 3), 9, np.float32)}])
+    assert all(isinstance(s, MinMax) and s.lo == s.hi == 9 for s in seen.values())

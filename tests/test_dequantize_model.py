@@ -22,7 +22,7 @@ S, ZERO = np.array(0.05, np.float32), np.array(120, np.uint8)
 VALUES: dict[str, np.ndarray] = {
     "s": S, "z": ZERO, "s2": np.array(0.1, np.float32), "z2": np.array(100, np.uint8), "u": np.array(0, np.uint8),
     "s6": np.array(6 / 255, np.float32), "ss": np.array([0.05, 0.06], np.float32), "zz": np.array([120, 120], np.uint8),
-    "s1": np.array(1 / 255, np.float32),
+    "s1": np.array(1 / 255, np.float32), "hs": np.array(0.05, np.float16),
     "w": RNG.integers(-90, 90, (8, 5)).astype(np.int8), "ws": np.array(0.01, np.float32), "wz": np.array(0, np.int8),
     "k": RNG.integers(-90, 90, (6, 4, 3, 3)).astype(np.int8), "kf": RNG.normal(0, 0.1, (6, 4, 3, 3)).astype(np.float32),
     "wf": RNG.normal(0, 0.3, (8, 5)).astype(np.float32), "shape": np.array([4, 4]), "ids": np.array([1, 0]),
@@ -277,3 +277,64 @@ def test_bodies() -> None:
 
 def test_nothing_to_do() -> None:
     assert not check_pass(DequantizeModel(), proto("h = MatMul(x, wf) y = Relu(h)")).notes
+
+
+def test_pairs_of_another_domain_have_types_that_nobody_infers() -> None:
+    made = proto(
+        """
+        q = com.microsoft.QuantizeLinear(small, s, z) a = com.microsoft.DequantizeLinear(q, s, z)
+        m = com.microsoft.DequantizeLinear(w, ws, wz) r = MatMul(a, m)
+        p = com.microsoft.QuantizeLinear(r, s2, z2) y = com.microsoft.DequantizeLinear(p, s2, z2)
+    """,
+        SMALL,
+    )
+    result = check_pass(DequantizeModel(), made, feeds=on_grid(made), atol=0.0501)
+    assert result.ops == {"MatMul": 1}
+
+
+LAYER = (
+    "q, d, e = DynamicQuantizeLinear(x) i = MatMulInteger(q, w, e) g = Cast<to = 1>(i) "
+    "m = Mul(d, ws) y = Mul(g, m)"
+)
+DECLINED = [
+    pytest.param(proto(LAYER, X, f"{Y}, int32[a, b] i"), "its sums are not scaled", id="sums-out"),
+    pytest.param(proto(LAYER, X, f"{Y}, float[a, b] g"), "its sums are not scaled", id="cast-out"),
+    pytest.param(
+        proto(f"{IN} r = QLinearConv(q, s, z, v, sv, z, s2, z2) {OUT}".replace("sv", "ss"),
+              "float[1, 2, 6, 6] x, uint8[2, 2, 3, 3] v", MAP),
+        "v is not constant, and has scales of channels", id="channels",
+    ),
+    pytest.param(
+        proto("r = QLinearMatMul(c, hs, u, t, hs, u, hs, u)",
+              "uint8[8, 2] t", "uint8[a, b] r", opset=21),
+        "its scales are float16", id="half",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("made", "why"), DECLINED)
+def test_declined_as_it_is(made: onnx.ModelProto, why: str) -> None:
+    model = Model.from_proto(made)
+    before = sorted(node.op for node in model.nodes())
+    notes = DequantizeModel()(model)
+    assert any(why in note.text for note in notes if not note.changed)
+    layers = ("MatMulInteger", "QLinearConv", "QLinearMatMul")
+    assert sorted(n.op for n in model.nodes() if n.op in layers) == [
+        o for o in before if o in layers
+    ]
+    onnx.checker.check_model(model.to_proto(), full_check=True)
+
+
+def test_packed_weights_of_a_half_precision_model() -> None:
+    """Nobody infers the type of what MatMulNBits returns: that of its scales is known."""
+    made = proto("""
+        h = Relu(x)
+        t = com.microsoft.MatMulNBits<K = 16, N = 8, bits = 4, block_size = 16>(h, b, scales)
+        y = Relu(t)
+    """, "float16[2, 16] x", "float16[2, 8] y")  # fmt: skip
+    numbers = RNG.integers(0, 256, (8, 1, 8)).astype(np.uint8)
+    scales = np.full(8, 0.1, np.float16)
+    made.graph.initializer.append(numpy_helper.from_array(numbers, "b"))
+    made.graph.initializer.append(numpy_helper.from_array(scales, "scales"))
+    feeds = [{"x": RNG.normal(0, 1, (2, 16)).astype(np.float16)}]
+    assert check_pass(DequantizeModel(), made, feeds=feeds, atol=0.02).ops["MatMul"] == 1
