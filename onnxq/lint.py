@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from onnxq.conformance import Conformance, Finding
 from onnxq.graphs import op_type_of
+from onnxq.layers import UNPACKING
 from onnxq.model import Model, producer, values_of
 from onnxq.numerics.saturation import excess
 from onnxq.operands import (
@@ -52,10 +53,6 @@ OPERANDS: dict[str, tuple[tuple[str, int, int, int], ...]] = {
     "QLinearMatMul": (("activations", 0, 1, 2), ("weights", 3, 4, 5), ("activations", -1, 6, 7)),
 }
 LAYER = {"QLinearConv": "Conv", "QLinearMatMul": "MatMul"}
-# What weights in few bits are unpacked with when a model is loaded.
-UNPACKING = (
-    "Cast", "Sub", "Mul", "Gather", "Reshape", "Slice", "Transpose", "Div", "Mod", "ReduceSum",
-)  # fmt: skip
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 # How far a bias's scale may be from s_x s_w: float32 products are rounded.
 SAME_SCALE = 1e-5
@@ -179,9 +176,12 @@ class _Lint:
         return not self.is_folded(node)
 
     def is_folded(self, node: gs.Node) -> bool:
-        """Whether it computes a constant: Mul(Cast(integers), scale) and the like."""
+        """Whether it computes a constant: Mul(Cast(integers), scale), but no DequantizeLinear."""
         sources = [producer(t) for t in node.inputs if t.name and not is_constant(t)]
-        return all(s is not None and s.op in UNPACKING and self.is_folded(s) for s in sources)
+        return all(
+            s is not None and s.op in UNPACKING and s.op != "DequantizeLinear" and self.is_folded(s)
+            for s in sources
+        )
 
     def why_float(self, node: gs.Node) -> str | None:
         """Why the target runs the node in floats; None: it runs in integers."""
