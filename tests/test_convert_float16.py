@@ -493,10 +493,11 @@ def test_nothing_to_convert_is_an_error(tmp_path: Path) -> None:
         onnxq.optimize(path, tmp_path / "out.onnx", recipe="float16")
 
 
-def test_the_interface_can_be_asked_for(tmp_path: Path) -> None:
+@pytest.mark.parametrize("data", [None, "models/digits_cnn.calib.npz"])
+def test_the_interface_can_be_asked_for(data: str | None, tmp_path: Path) -> None:
     from onnxq.settings import Settings
 
-    report = onnxq.optimize("models/digits_cnn.onnx", tmp_path / "out.onnx", recipe="float16",
+    report = onnxq.optimize("models/digits_cnn.onnx", tmp_path / "out.onnx", recipe="float16", data=data,
                             settings=Settings(encoding="compute", interface="half"))  # fmt: skip
     assert report.fidelity is not None
     assert report.fidelity.sqnr_db > 50
