@@ -74,8 +74,8 @@ def _unpacked(node: gs.Node, target: Target) -> Iterator[Finding]:
         return
     if node.op == "Cast" and is_constant(node.inputs[0]):
         stored = str(node.inputs[0].dtype).replace("_", "")
-    elif is_lookup(node) and (found_ := stands_for(node.outputs[0])) is not None:
-        stored = str(np.dtype(found_.numbers.dtype))
+    elif is_lookup(node) and (packed := stands_for(node.outputs[0])) is not None:
+        stored = str(np.dtype(packed.numbers.dtype))
     else:
         return
     if stored not in FORMATS and stored not in HALVES:
