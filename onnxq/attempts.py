@@ -13,7 +13,7 @@ from onnxq.core import Note
 from onnxq.coverage import Coverage, coverage
 from onnxq.data import Feed, Samples
 from onnxq.demands import broken_rules, require_quantized, require_valid, simulated
-from onnxq.errors import BudgetError
+from onnxq.errors import BudgetError, ModelError, RefusedError
 from onnxq.interfaces import coarse, has_integer_io, require_integers
 from onnxq.job import Job
 from onnxq.loading import ModelLike
@@ -96,10 +96,17 @@ def _covered(model: Model, feed: Feed) -> Coverage:
 def _compared(model: Model, setting: Setting) -> Fidelity:
     """Compare, and raise BudgetError for what must not be written."""
     require_valid(model, setting.original)
-    fidelity = compare_outputs(
-        setting.original, model, setting.held, seconds=setting.seconds,
-        progress=setting.job.sample_progress(len(setting.held)),
-    )  # fmt: skip
+    try:
+        fidelity = compare_outputs(
+            setting.original, model, setting.held, seconds=setting.seconds,
+            progress=setting.job.sample_progress(len(setting.held)),
+        )  # fmt: skip
+    except RefusedError as e:
+        if setting.target.machines:
+            raise
+        raise ModelError(
+            f"{e}; what is for {setting.target.name} alone is written with --no-validate"
+        ) from e
     if not all(o.is_finite for o in fidelity.outputs):
         raise BudgetError("the result has outputs that are not finite; nothing was written")
     return fidelity

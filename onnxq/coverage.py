@@ -5,16 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
-import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnxq.layers import is_lookup, unpacked
 from onnxq.model import Model, producer
 from onnxq.passes.ops import OPS
-from onnxq.passes.work import INTEGER, RECURRENT, Shapes, macs
-
-# What reads integers that a Cast has made of others.
-UNPACKING = ("Mul", "Sub", "DequantizeLinear")
+from onnxq.passes.packed_weights import FLOATS, shape_of, stored_weights
+from onnxq.passes.work import RECURRENT, Shapes, macs
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,8 +18,9 @@ class Coverage:
     """What of a model runs on, and is stored as, integers.
 
     macs: multiply-accumulates of one forward pass (an unknown dimension counts as 1). weight_bytes:
-    as float32, whatever they are stored in. float_layers: (node, operator, share of all
-    multiply-accumulates) of each layer that computes in floats.
+    as float32, whatever they are stored in; indices into codebooks count as integers, 16-bit floats
+    as floats. float_layers: (node, operator, share of all multiply-accumulates) of each layer that
+    computes in floats.
     """
 
     macs: float
@@ -57,16 +54,12 @@ def coverage(model: Model, shapes: Shapes | None = None) -> Coverage:
         for node in layers
         if id(node) not in integer
     )
-    stored = [0, 0]
-    for graph in model.graphs():
-        for tensor in graph.tensors().values():
-            if isinstance(tensor, gs.Constant) and (kind := _stored(tensor)) is not None:
-                stored[kind] += 4 * prod(unpacked(tensor).shape if kind else tensor.shape)
+    floats_kept, packed = _weight_values(model)
     return Coverage(
         macs=total,
         quantized_macs=sum(work[key] for key in integer),
-        weight_bytes=sum(stored),
-        quantized_weight_bytes=stored[True],
+        weight_bytes=4 * (floats_kept + packed),
+        quantized_weight_bytes=4 * packed,
         float_layers=floats,
     )
 
@@ -81,27 +74,18 @@ def is_integer(node: gs.Node) -> bool:
     )
 
 
-def _stored(tensor: gs.Constant) -> bool | None:
-    """True: integers or float8 that are dequantized; False: floats; None: neither is a weight."""
-    name = str(tensor.dtype)
-    if "float" in name and not name.startswith("float8"):
-        return False
-    if "int" not in name and "float8" not in name:
-        return None
-    todo = list(tensor.outputs)
-    while todo:
-        node = todo.pop()
-        if node.op == "DequantizeLinear" and node.inputs[0].dtype == tensor.dtype:
-            return True
-        if node.op in INTEGER or node.op.startswith("QLinear"):
-            return True
-        if node.op == "Cast" and any(
-            r.op in UNPACKING and (r.op != "Sub" or r.inputs[0] is node.outputs[0])
-            for r in node.outputs[0].outputs
-        ):
-            return True
-        if is_lookup(node) and node.outputs[0].dtype == np.float32:  # in a codebook
-            return True
-        if node.op in ("Gather", "Transpose", "Reshape", "Cast", "Div", "Mod", "Slice"):
-            todo += [reader for out in node.outputs for reader in out.outputs]
-    return None
+def _weight_values(model: Model) -> tuple[int, int]:
+    """How many values are kept in floats, and how many layers read from integers.
+
+    Scales, zero points and codebooks are neither.
+    """
+    packed, parts = 0, set[int]()
+    for node, tensor, stands in stored_weights(model):
+        if stands.form != "float":
+            packed += prod(shape_of(node, tensor, stands))
+            parts |= {id(c) for c in (stands.numbers, *stands.beside)}
+    constants = {
+        id(t): t for g in model.graphs() for t in g.tensors().values() if isinstance(t, gs.Constant)
+    }
+    kept = [t for key, t in constants.items() if key not in parts and str(t.dtype) in FLOATS]
+    return sum(prod(t.shape) for t in kept), packed

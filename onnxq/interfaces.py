@@ -85,17 +85,21 @@ def coarse(model: Model, fidelity: Fidelity) -> list[str]:
     ]
 
 
-def require_data(recipe: Recipe, *, has_data: bool) -> None:
-    """Raise RecipeError for a choice that would have nothing to choose from without samples."""
+def require_possible(
+    recipe: Recipe, *, has_data: bool, header: bool, validate: bool | None
+) -> None:
+    """Raise RecipeError for what contradicts the recipe, before the model is read.
+
+    A choice that has to compare, or would have nothing to choose from without samples; a header of
+    an interface that stays float.
+    """
+    if recipe.choose and validate is False:
+        raise RecipeError(f"{recipe.name} has to compare its candidates: no --no-validate")
     if recipe.choose and has_integer_io(recipe) and not has_data:
         raise RecipeError(
             f"integer inputs and outputs need ranges, which recipe {recipe.name} takes from "
             "samples only: give --data, or --recipe int8 for synthetic ones"
         )
-
-
-def require_header(recipe: Recipe, *, header: bool) -> None:
-    """Raise RecipeError for a header of an interface that stays float."""
     if header and not has_integer_io(recipe):
         raise RecipeError("--header describes integer inputs and outputs: add --integer-io")
 

@@ -190,17 +190,6 @@ def is_lookup(node: gs.Node) -> bool:
     return node.op == "Gather" and all(_is_stored(t) for t in node.inputs)
 
 
-def unpacked(constant: gs.Tensor) -> gs.Tensor:
-    """The last tensor that is unpacked from a constant and others, and nothing else."""
-    tensor = constant
-    while tensor.outputs and tensor.outputs[0].op in UNPACKING:
-        after = tensor.outputs[0].outputs[0]
-        if after.shape is None or not _is_stored(after):
-            break
-        tensor = after
-    return tensor
-
-
 def is_packed(node: gs.Node) -> bool:
     """Whether it is a layer with a weight that is unpacked from integers (or float8)."""
     if not has_weight(node):

@@ -17,7 +17,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from onnxq.conformance import Conformance, Finding
-from onnxq.graphs import op_type_of
+from onnxq.loadable import FLOATS, cannot_be_loaded, found, free_shapes, is_folded
 from onnxq.model import Model, producer, values_of
 from onnxq.numerics.saturation import excess
 from onnxq.operands import (
@@ -34,7 +34,6 @@ from onnxq.operands import (
 from onnxq.passes.ops import (
     OPS,
     activation_inputs,
-    is_constant,
     kernel_rows,
     weight_axis,
 )
@@ -52,11 +51,6 @@ OPERANDS: dict[str, tuple[tuple[str, int, int, int], ...]] = {
     "QLinearMatMul": (("activations", 0, 1, 2), ("weights", 3, 4, 5), ("activations", -1, 6, 7)),
 }
 LAYER = {"QLinearConv": "Conv", "QLinearMatMul": "MatMul"}
-# What weights in few bits are unpacked with when a model is loaded.
-UNPACKING = (
-    "Cast", "Sub", "Mul", "Gather", "Reshape", "Slice", "Transpose", "Div", "Mod", "ReduceSum",
-)  # fmt: skip
-FLOATS = ("float16", "bfloat16", "float32", "float64")
 # How far a bias's scale may be from s_x s_w: float32 products are rounded.
 SAME_SCALE = 1e-5
 
@@ -81,11 +75,10 @@ def check(
 def conformance(model: Model, target: Target, name: str = "") -> Conformance:
     """Hold a loaded model against a target."""
     lint = _Lint(model, target)
-    violations = [*lint.envelope()]
-    fallbacks = [*lint.shapes()]
+    violations = [*cannot_be_loaded(model, target)]
+    fallbacks = [*free_shapes(model, target)]
     integers = 0
     for node in model.nodes():
-        violations += lint.operator(node)
         if node.op in ("QuantizeLinear", "DequantizeLinear"):
             violations += lint.pair(node)
         elif lint.is_integer_op(node):
@@ -109,48 +102,9 @@ class _Lint:
 
     def __init__(self, model: Model, target: Target) -> None:
         self.model, self.target = model, target
-        self.functions = {(f.domain, f.name) for f in model.envelope.functions}
 
     def found(self, rule: str, node: gs.Node, text: str, op: str = "") -> Finding:
-        op = op or node.op
-        return Finding(rule, node.name, node.op, text, self.target.source(rule, op))
-
-    def envelope(self) -> Iterator[Finding]:
-        most, opset = self.target.max_opset, self.model.opset
-        if most is not None and opset > most:
-            text = f"opset {opset}, {self.target.name} reads up to {most}"
-            yield Finding("max_opset", "", "", text, self.target.source("max_opset"))
-
-    def shapes(self) -> Iterator[Finding]:
-        """Inputs of no fixed shape, where the target wants one: the whole model falls back."""
-        for tensor in self.model.graph.inputs if self.target.static_shapes else ():
-            if tensor.shape is None or not all(isinstance(d, int) and d > 0 for d in tensor.shape):
-                text = f"input {tensor.name} has free dimensions: fix them before it runs there"
-                source = self.target.source("static_shapes")
-                yield Finding("static_shapes", tensor.name, "", text, source)
-
-    def operator(self, node: gs.Node) -> Iterator[Finding]:
-        """Domains and operators that nobody knows; weights that are unpacked at load."""
-        domain = "" if node.domain in (None, "ai.onnx") else str(node.domain)
-        if (domain, op_type_of(node)) in self.functions:
-            return
-        if domain not in self.target.domains:
-            yield self.found("domains", node, f"{self.target.name} does not know domain {domain!r}")
-        elif not domain and not onnx.defs.has(node.op):
-            yield self.found("domains", node, "ONNX has no such operator")
-        if (
-            node.op == "Cast"
-            and is_constant(node.inputs[0])
-            and (format := str(node.inputs[0].dtype).replace("_", "")) in FORMATS
-            and str(node.outputs[0].dtype) in FLOATS
-        ):
-            allowed = self.target.stored_formats
-            if not self.target.stored_weights:
-                text = "a weight is unpacked by Cast: the target does not compute that at load"
-                yield self.found("stored_weights", node, text)
-            elif allowed and format not in allowed:
-                text = f"a weight is stored as {format}, not as {', '.join(allowed)}"
-                yield self.found("stored_formats", node, text)
+        return found(self.target, rule, node, text, op)
 
     # Which form a node has.
 
@@ -176,12 +130,7 @@ class _Lint:
         """Whether it computes floats at run time."""
         if node.op == "Constant" or not any(str(t.dtype) in FLOATS for t in node.outputs):
             return False
-        return not self.is_folded(node)
-
-    def is_folded(self, node: gs.Node) -> bool:
-        """Whether it computes a constant: Mul(Cast(integers), scale) and the like."""
-        sources = [producer(t) for t in node.inputs if t.name and not is_constant(t)]
-        return all(s is not None and s.op in UNPACKING and self.is_folded(s) for s in sources)
+        return not is_folded(node)
 
     def why_float(self, node: gs.Node) -> str | None:
         """Why the target runs the node in floats; None: it runs in integers."""

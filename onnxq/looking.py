@@ -42,6 +42,7 @@ def inspect(model: ModelLike, *, target: str = "ort-cpu") -> Inspection:
 def _inspected(found: Model, aim: Target, name: str) -> Inspection:
     inside = found.copy()  # as a recipe sees it
     inside.inline_functions()
+    stored = weight_table(inside)
     convert_float32(inside)
     inside.separate_names()
     placement = place(inside, aim, graph_rules(inside, macs(inside)), {})
@@ -65,7 +66,7 @@ def _inspected(found: Model, aim: Target, name: str) -> Inspection:
         parameters=parameters,
         bytes_by_type=dict(sizes.most_common()),
         coverage=coverage(inside),
-        stored=weight_table(found),
+        stored=stored,
         quantizable=tuple(node.name for node in placement.nodes.values()),
         notes=placement.declined,
     )

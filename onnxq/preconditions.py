@@ -83,7 +83,7 @@ def too_large_to_compare(model: Model, max_memory: int | None = None) -> str | N
     """Why not to compare where the recipe does not run the model, and nobody asked for it."""
     size = sum(model.weight_sizes())
     if max_memory is not None and COPIES * size > max_memory - resident():
-        return f"both in memory take some {COPIES * size / 1e9:.1f} GB, more than --max-memory"
+        return f"both in memory take {_taken(size)}, more than --max-memory"
     if size <= runtime.LARGE:
         return None
     return f"both in memory take some {COPIES * size / 1e9:.1f} GB; --validate does it"
@@ -94,15 +94,20 @@ def require_memory(model: Model, max_memory: int | None, recipe: str | None) -> 
 
     recipe: the one that has to run it; None: a comparison was asked for.
     """
-    size = COPIES * sum(model.weight_sizes())
-    if max_memory is None or size <= max_memory - resident():
+    size = sum(model.weight_sizes())
+    if max_memory is None or COPIES * size <= max_memory - resident():
         return
     what = "the comparison" if recipe is None else f"recipe {recipe}"
     instead = "--no-validate" if recipe is None else "--recipe int4-weights or int8-weights"
     raise RecipeError(
-        f"{what} has to run the model, which takes some {size / 1e9:.1f} GB, more than "
-        f"--max-memory: give more, or use {instead}"
+        f"{what} has to run the model, which takes {_taken(size)}, more than --max-memory: "
+        f"give more, or use {instead}"
     )
+
+
+def _taken(size: int) -> str:
+    """What running the original and the result takes, of so many bytes of weights."""
+    return f"{COPIES * size / 1e6:,.1f} MB beside the {resident() / 1e6:,.0f} MB taken so far"
 
 
 @contextmanager

@@ -96,7 +96,7 @@ def _told(pass_: object) -> str:
     options = {
         name: getattr(pass_, name)
         for name in getattr(pass_, "__dataclass_fields__", {})
-        if name not in ("samples", "progress", "inner", "limit")
+        if name not in ("samples", "progress", "inner", "limit", "rule")
     }
     shown = ", ".join(f"{k}={getattr(v, 'name', v)}" for k, v in options.items() if v is not None)
     return f"{pass_.name}({shown})" if shown else str(pass_.name)  # type: ignore[attr-defined]

@@ -13,22 +13,43 @@ from onnxq.model import Model
 from onnxq.passes.dequantize_model import DequantizeModel
 from onnxq.passes.packed_weights import stored_weights
 from onnxq.ports import restore_floats
+from onnxq.recipes import Recipe
 
 UNLIKE = (
-    "it was compared on synthetic samples, which leave the ranges that the quantized model cuts "
+    "compared on synthetic samples, which leave the ranges that the quantized model cuts "
     "values off at: give --data"
 )
 
 
 @contextmanager
-def blames_noise(hint: str | None) -> Iterator[None]:
-    """Say beside a missed budget what it was measured on; None: nothing to say."""
+def blames_noise(model: Model, data: object | None, job: Job) -> Iterator[None]:
+    """Say that samples were synthetic ones, unlike those of the model: beside a missed budget, too.
+
+    job: gets the warning, if there is no error.
+    """
+    is_unlike = bool(model.ranges) and data is None
     try:
         yield
+        if is_unlike and "validate" in job.seconds:
+            job.warnings.append(UNLIKE)
     except BudgetError as e:
-        if hint is None or "nothing was quantized" in str(e):
+        if not is_unlike or "nothing was quantized" in str(e):
             raise
-        raise BudgetError(f"{e}; {hint}") from e
+        raise BudgetError(f"{e}; {UNLIKE}") from e
+
+
+def begin(
+    recipe: Recipe, model: Model, job: Job, *, requantize: bool, ranges: bool
+) -> Sequence[Note]:
+    """Recover floats in place if that is asked for, or warn of what is quantized already.
+
+    ranges: keep those of activations.
+    """
+    if requantize:
+        return recover(model, job, ranges=ranges)
+    if any(one.is_quantizing for one in recipe.candidates):
+        job.warnings += left_alone(model)
+    return ()
 
 
 def recover(model: Model, job: Job, *, ranges: bool) -> Sequence[Note]:

@@ -35,6 +35,23 @@ class Selected:
     candidates: tuple[Candidate, ...] = ()
 
 
+def select(
+    recipe: Recipe,
+    model: Model,
+    setting: Setting,
+    *,
+    objective: Objective,
+    min_sqnr: float | None,
+    has_data: bool,
+) -> Selected:
+    """Run a recipe on the model, or all that it chooses from; see `run_one` and `choose_one`."""
+    if not recipe.choose:
+        return run_one(recipe, model, setting, min_sqnr)
+    return choose_one(
+        recipe, model, setting, objective=objective, min_sqnr=min_sqnr, has_data=has_data
+    )
+
+
 def run_one(recipe: Recipe, model: Model, setting: Setting, min_sqnr: float | None) -> Selected:
     """Run a recipe on the model, in place.
 

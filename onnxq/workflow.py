@@ -10,15 +10,12 @@ from pathlib import Path
 from onnxq import runtime
 from onnxq.attempts import Setting
 from onnxq.choosing import Objective
-from onnxq.core import Note
 from onnxq.data import ImageOptions, Samples, Spec
-from onnxq.errors import RecipeError
 from onnxq.interfaces import (
     check_beside,
     contents_beside,
     paths_beside,
-    require_data,
-    require_header,
+    require_possible,
     with_integer_io,
 )
 from onnxq.job import Job, Progress
@@ -35,11 +32,11 @@ from onnxq.preconditions import (
     require_memory,
     require_outputs,
 )
-from onnxq.recipes import load_recipe, plans, wants
+from onnxq.recipes import Recipe, load_recipe, plans, wants
 from onnxq.report import Report
-from onnxq.requantizing import UNLIKE, blames_noise, left_alone, recover
+from onnxq.requantizing import begin, blames_noise
 from onnxq.sampling import NO_SAMPLES, Need, samples_needed, split
-from onnxq.selection import choose_one, run_one
+from onnxq.selection import select
 from onnxq.settings import Settings, configured
 from onnxq.targets import Target, load_target
 from onnxq.weight_table import weight_table
@@ -102,38 +99,21 @@ def optimize(
         chosen, aim = configured(load_recipe(recipe), settings, layers), load_target(target)
         chosen = with_integer_io(chosen, integer_io)
         plans(chosen, aim, None)  # what cannot be is refused before the model is read
-        require_data(chosen, has_data=data is not None)
-        require_header(chosen, header=header)
-        beside = () if written is None else paths_beside(chosen, Path(written), header=header)
+        require_possible(chosen, has_data=data is not None, header=header, validate=validate)
         original, edited = _opened(model)
-        if chosen.choose and validate is False:
-            raise RecipeError(f"{chosen.name} has to compare its candidates: no --no-validate")
-        if written is not None:
-            check_output(model, edited, written, (data, calibration))
-            check_beside(beside, (model, written, data, calibration))
-            if aim.file_format == "ort":
-                check_name(written)
-            edited.scratch.folder = Path(written).parent
+        beside = _beside(model, edited, written, chosen, aim, (data, calibration), header=header)
         require_outputs(edited, name_of(model))
         before = size_of(original, edited), len(edited.nodes()), edited.opset
-    recovered: Sequence[Note] = ()
-    if requantize:
-        recovered = recover(edited, job, ranges=data is None)
-    elif any(one.is_quantizing for one in chosen.candidates):
-        job.warnings += left_alone(edited)
+    recovered = begin(chosen, edited, job, requantize=requantize, ranges=data is None)
     has_ranges = data is not None or bool(edited.ranges)
     fits = wants(chosen, "samples") and (has_ranges or not chosen.choose)
-    runs = fits or bool(chosen.choose)
-    unlike = bool(edited.ranges) and data is None
-    with (
-        blames_the_model(original, name_of(model), chosen.name if runs else None),
-        blames_noise(UNLIKE if unlike else None),
-    ):
+    runs = chosen.name if fits or chosen.choose else None
+    with blames_the_model(original, name_of(model), runs), blames_noise(edited, data, job):
         with job.stage("load"):
-            must = runs or bool(validate) or min_sqnr is not None
+            must = runs is not None or bool(validate) or min_sqnr is not None
             need: Need = "must" if must else "may" if validate is None else "no"
-            if need == "must":
-                require_memory(edited, max_memory, chosen.name if runs else None)
+            if must:
+                require_memory(edited, max_memory, runs)
             samples, why = samples_needed(need, original, edited, data, images, max_memory)
             job.warnings += [f"not compared with the original: {why}"] if why else []
             job.warnings += doubts(edited, samples)
@@ -144,14 +124,10 @@ def optimize(
         with _statistics_file(calibration) as statistics:
             setting = Setting(
                 original, aim, fitting, compared, statistics, COMPARE_SECONDS, allow_unchanged, job
-            )  # fmt: skip
-            if chosen.choose:
-                found = choose_one(
-                    chosen, edited, setting, objective=objective, min_sqnr=min_sqnr,
-                    has_data=has_ranges,
-                )  # fmt: skip
-            else:
-                found = run_one(chosen, edited, setting, min_sqnr)
+            )
+            found = select(
+                chosen, edited, setting, objective=objective, min_sqnr=min_sqnr, has_data=has_ranges
+            )
     done = found.attempt
     with job.stage("write"):
         size, also = _written(done.model, written, aim, beside, samples)
@@ -186,6 +162,28 @@ def _opened(model: ModelLike) -> tuple[ModelLike, Model]:
         return model, load(model)
     original = load(model).copy()
     return original, original.copy()
+
+
+def _beside(
+    model: ModelLike,
+    edited: Model,
+    written: PathLike | None,
+    recipe: Recipe,
+    target: Target,
+    read: tuple[object, object],
+    *,
+    header: bool,
+) -> tuple[Path, ...]:
+    """What is written beside the model; raises for places that cannot be written, or are read."""
+    if written is None:
+        return ()
+    beside = paths_beside(recipe, Path(written), header=header)
+    check_output(model, edited, written, read)
+    check_beside(beside, (model, written, *read))
+    if target.file_format == "ort":
+        check_name(written)
+    edited.scratch.folder = Path(written).parent
+    return beside
 
 
 @contextmanager

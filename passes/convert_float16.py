@@ -28,6 +28,7 @@ from onnxq.targets.halves import HalfRule
 
 NAME = "convert_float16"
 CAST_SINCE = {"float16": 6, "bfloat16": 13}  # onnx Changelog.md: Cast
+COMPUTED_SINCE = {"float16": 6, "bfloat16": 22}  # Conv, poolings and others take it from there on
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +72,7 @@ class ConvertFloat16:
     @property
     def opset(self) -> int:
         """The opset that a model should have."""
-        return CAST_SINCE[self.format]
+        return (COMPUTED_SINCE if self.computes else CAST_SINCE)[self.format]
 
     @property
     def facts(self) -> HalfRule:
@@ -102,8 +103,8 @@ class ConvertFloat16:
 
         Raises DataError for samples that do not fit the model.
         """
-        if model.opset < self.opset:
-            text = f"opset {model.opset} has no Cast to {self.format}: opset {self.opset} has"
+        if model.opset < (since := CAST_SINCE[self.format]):
+            text = f"opset {model.opset} has no Cast to {self.format}: opset {since} has"
             return [Note(NAME, model.graph.name, text, changed=False)]
         half, asked = HALF_TYPES[self.format], Layers.parse(self.layers).choices(model)
         floats = {key: choice.reason for key, choice in asked.items() if choice.is_float}

@@ -1,6 +1,6 @@
 """Which constants stand for a weight, in the forms that quantized models have.
 
-    float       a constant of floats
+    float       a constant of floats; also with a Cast behind it
     qdq         DequantizeLinear(q, s, z); also with a QuantizeLinear of floats, or a Cast, in front
     storage     Mul(Sub(Cast(q), z), s), also moved: what `encodings` writes
     codebook    Mul(Gather(table, Cast(q)), s), also moved
@@ -74,8 +74,8 @@ def weights_of(node: gs.Node) -> Iterator[tuple[int, Stands]]:
         return
     for held in held_by(node):
         tensor = node.inputs[held.index]
-        constant = _constant(tensor)
-        if constant is not None and _name(constant.dtype) in FLOATS and len(held.shape) > 1:
+        constant = _floats(tensor)
+        if constant is not None and len(held.shape) > 1:
             yield held.index, Stands("float", constant)
         elif (found := stands_for(tensor)) is not None:
             yield held.index, found
@@ -100,6 +100,14 @@ def _constant(tensor: gs.Tensor) -> gs.Constant | None:
     if node is None or node.op != "Constant" or node.domain:
         return None
     return next((v for v in node.attrs.values() if isinstance(v, gs.Constant)), None)
+
+
+def _floats(tensor: gs.Tensor) -> gs.Constant | None:
+    """The constant of floats that it is, or is cast and moved from: 16 bits, stored."""
+    constant, node = _constant(tensor), producer(tensor)
+    while constant is None and node is not None and node.op in ("Cast", *MOVES) and not node.domain:
+        constant, node = _constant(node.inputs[0]), producer(node.inputs[0])
+    return None if constant is None or _name(constant.dtype) not in FLOATS else constant
 
 
 def _follow(tensor: gs.Tensor) -> Stands | None:

@@ -14,7 +14,7 @@ import onnxq
 from onnxq import runtime
 from onnxq.core import Note
 from onnxq.data import open_samples
-from onnxq.errors import BudgetError, RecipeError
+from onnxq.errors import BudgetError, ModelError, RecipeError
 from onnxq.model import Model
 from onnxq.passes import ConvertFloat16, cleanup, convert_float32
 from onnxq.recipes import load_recipe, plan
@@ -493,15 +493,29 @@ def test_nothing_to_convert_is_an_error(tmp_path: Path) -> None:
         onnxq.optimize(path, tmp_path / "out.onnx", recipe="float16")
 
 
-def test_the_interface_can_be_asked_for(tmp_path: Path) -> None:
+@pytest.mark.parametrize("data", [None, "models/digits_cnn.calib.npz"])
+def test_the_interface_can_be_asked_for(data: str | None, tmp_path: Path) -> None:
     from onnxq.settings import Settings
 
-    report = onnxq.optimize("models/digits_cnn.onnx", tmp_path / "out.onnx", recipe="float16",
+    report = onnxq.optimize("models/digits_cnn.onnx", tmp_path / "out.onnx", recipe="float16", data=data,
                             settings=Settings(encoding="compute", interface="half"))  # fmt: skip
     assert report.fidelity is not None
     assert report.fidelity.sqnr_db > 50
     made = runtime.session(tmp_path / "out.onnx")
     assert [i.type for i in made.get_inputs()] == ["tensor(float16)"]
+
+
+def test_bfloat16_for_another_machine_is_computed_in_and_not_compared(tmp_path: Path) -> None:
+    model, out = "models/digits_cnn.onnx", tmp_path / "out.onnx"
+    with pytest.raises(ModelError, match=r"for tensorrt alone is written with --no-validate"):
+        onnxq.optimize(model, out, recipe="bfloat16", target="tensorrt")
+    assert not out.exists()
+    report = onnxq.optimize(model, out, recipe="bfloat16", target="tensorrt", validate=False)
+    assert report.opset[1] == 22
+    assert {row.format for row in report.stored} == {"bfloat16"}
+    assert onnxq.check(out, target="tensorrt").is_clean
+    stored = onnxq.optimize(model, out, recipe="bfloat16", validate=False)
+    assert stored.opset == (13, 13)
 
 
 def test_target_facts_are_checked(tmp_path: Path) -> None:

@@ -100,6 +100,9 @@ WRONG: list[Any] = [
     pytest.param(dict(opset=26), "tensorrt", "max_opset", "opset 26", id="opset"),
     pytest.param(dict(tail="cq = QuantizeLinear(c, s, z) m = MaxPool<kernel_shape = [2, 2]>(cq) y = DequantizeLinear(m, s, z)"), "tensorrt", "integer_moves", "needs a Q/DQ pair", id="bare-move"),
     pytest.param(dict(tail="k = Cast<to = 1>(w) u = Mul(k, s) y = Conv(c, u)"), "tensorrt", "stored_weights", "does not compute that at load", id="stored"),
+    pytest.param(dict(tail="k = Constant<value = uint8[4, 4, 1, 1] {1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0}>() j = Cast<to = 6>(k) e = Constant<value = float[4] {0.1, 0.2, 0.3, 0.4}>() u = Gather(e, j) y = Conv(c, u)"), "tensorrt", "stored_weights", "unpacked by Gather", id="codebook"),
+    pytest.param(dict(tail="k = Constant<value = float16[4, 4, 1, 1] {1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0}>() u = Cast<to = 1>(k) y = Conv(c, u)"), "tensorrt", "stored_weights", "unpacked by Cast", id="stored-halves"),
+    pytest.param(dict(tail="h = Cast<to = 10>(c) r = Relu(h) y = Cast<to = 1>(r)"), "tflite-int8", "halves", "has no float16", id="halves"),
     pytest.param(dict(tail="cq = QuantizeLinear(c, s, z) q = QLinearConv(cq, s, z, w, ws, wz, s, z) y = DequantizeLinear(q, s, z)"), "tensorrt", "integer_operators", "does not read QLinearConv", id="qoperator"),
     pytest.param(dict(weight_zero=1, tail="cq = QuantizeLinear(c, s, z) q = QLinearConv(cq, s, z, w, ws, wz, s, z) y = DequantizeLinear(q, s, z)"), "ort-cpu", "weights", "zero point must be 0", id="qoperator-weight"),
 ]  # fmt: skip
@@ -158,6 +161,22 @@ def test_weights_that_are_unpacked_at_load_compute_nothing() -> None:
     found = conformance(Model.from_proto(stored), load_target("generic"))
     assert [f.op for f in found.fallbacks] == ["Conv", "Conv"]
     assert found.is_clean
+
+
+def test_16_bit_floats_are_no_violation_where_they_are_computed() -> None:
+    halves = proto(bias=FLOAT_BIAS, tail="h = Cast<to = 10>(c) r = Relu(h) y = Cast<to = 1>(r)")
+    assert conformance(Model.from_proto(halves), load_target("tensorrt")).is_clean
+
+
+@pytest.mark.parametrize("target", ["ort-cpu", "openvino", "qnn-htp", "tensorrt", "tflite-int8"])
+@pytest.mark.parametrize("recipe", ["float16", "codebook-weights"])
+def test_what_a_recipe_refuses_for_a_target_is_a_violation_there(
+    recipe: str, target: str, tmp_path: Path
+) -> None:
+    onnxq.optimize(MODELS / "digits_cnn.onnx", tmp_path / "m.onnx", recipe=recipe, validate=False)
+    found = onnxq.check(tmp_path / "m.onnx", target=target)
+    assert found.is_clean == load_target(target).stored_weights
+    assert {f.rule for f in found.violations} <= {"stored_weights"}
 
 
 def test_free_dimensions_keep_a_model_off_the_htp() -> None:

@@ -305,3 +305,15 @@ def test_external_data_are_recovered_piece_by_piece(tmp_path: Path) -> None:
     optimize(given, again, recipe="int8-weights", requantize=True, validate=False)
     assert weights(given) == weights(again)
     assert [row.format for row in inspect(again).stored] == ["int8", "int8"]
+
+
+def test_synthetic_samples_are_unlike_what_a_quantized_model_was_made_for(tmp_path: Path) -> None:
+    path, out = tmp_path / "int8.onnx", tmp_path / "out.onnx"
+    data = MODELS / "digits_cnn.calib.npz"
+    optimize(MODELS / "digits_cnn.onnx", path, recipe="int8", data=data, integer_io="int8")
+    for given, is_told in ((None, True), (data, False)):
+        report = optimize(path, out, recipe="int4-weights", requantize=True, data=given)
+        told = [w for w in report.warnings if w.startswith("compared on synthetic samples")]
+        assert bool(told) == is_told
+    report = optimize(path, out, recipe="int4-weights", requantize=True, validate=False)
+    assert report.warnings == ()

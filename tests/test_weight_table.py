@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from click.testing import CliRunner
 from test_packed_weights import CASES
@@ -112,3 +113,42 @@ def test_a_model_without_weights() -> None:
     model = Model.from_proto(CASES["dq-tensor"].proto())
     model.graph.nodes.clear()
     assert weight_table(model) == ()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "share", "format"),
+    [
+        ("float16", 0.0, "float16"),
+        ("codebook-weights", 0.98, "codebook of 16"),
+        ("int4-weights", 0.98, "uint4"),
+    ],
+)
+def test_however_they_are_stored_all_weights_are_seen(
+    recipe: str, share: float, format: str, tmp_path: Path
+) -> None:
+    plain = inspect(MODELS / "digits_cnn.onnx")
+    optimize(MODELS / "digits_cnn.onnx", tmp_path / "small.onnx", recipe=recipe, validate=False)
+    small = inspect(tmp_path / "small.onnx")
+    assert sum(row.weights for row in small.stored) == sum(row.weights for row in plain.stored)
+    assert {row.format for row in small.stored} >= {format}
+    assert sum(row.size_bytes for row in small.stored) < 0.55 * plain.coverage.weight_bytes
+    # scales and codebooks are no weights; BatchNormalizations were folded
+    assert 0.98 < small.coverage.weight_bytes / plain.coverage.weight_bytes <= 1
+    assert share <= small.coverage.weight_share <= share + 0.02
+
+
+def test_weights_behind_a_call_of_a_function() -> None:
+    found = inspect(_function())
+    assert [(row.op, row.weights) for row in found.stored] == [("MatMul", 12)]
+
+
+def _function() -> onnx.ModelProto:
+    proto = onnx.parser.parse_model("""
+        <ir_version: 10, opset_import: ["" : 17, "own" : 1]>
+        g (float[2,4] x) => (float[2,3] y) <float[4,3] w> { y = own.layer(x, w) }
+        <domain: "own", opset_import: ["" : 17]>
+        layer (a, b) => (c) { c = MatMul(a, b) }
+    """)
+    weight = onnx.numpy_helper.from_array(np.ones((4, 3), np.float32), "w")
+    proto.graph.initializer.append(weight)
+    return proto

@@ -15,8 +15,8 @@ from onnxq.model import Model
 
 
 def inputs_of(model: Model) -> dict[str, gs.Variable]:
-    """The model's inputs by name, in order."""
-    return {tensor.name: tensor for tensor in model.graph.inputs}
+    """The model's inputs by name, in order, as they are now: passes may change them."""
+    return {tensor.name: tensor.copy() for tensor in model.graph.inputs}
 
 
 def only_input(model: Model, where: str, why: str) -> gs.Variable:
