@@ -101,3 +101,9 @@ def test_the_readme_runs(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     exec(
         compile(code.replace("/tmp/", f"{tmp_path}/"), "README.md", "exec"), {"__name__": "readme"}
     )
+
+
+def test_all_benchmarks_are_listed() -> None:
+    folder = ROOT / "tests" / "bench"
+    text = (folder / "README.md").read_text()
+    assert [p.name for p in folder.glob("bench_*.py") if f"`{p.name}" not in text] == []
