@@ -34,7 +34,7 @@ CAST_SINCE = {
 }  # fmt: skip
 BLOCKS_SINCE = 21  # DequantizeLinear's block_size
 AXIS_SINCE = 13  # DequantizeLinear's axis
-STORAGE_SINCE = 6  # Cast's `to` as a number
+STORAGE_SINCE = 7  # Mul broadcasts; Cast's `to` is a number since 6
 GROUPS_SINCE = 10  # Slice with inputs
 
 

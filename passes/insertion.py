@@ -80,12 +80,17 @@ class Editor:
             for key, node in placement.nodes.items()
             if keeps_scale(node, self.target)
         }
-        for key, clamp in placement.clamps.items():
-            self.absorb(placement.nodes[key], clamp)
+        saturated = [
+            (placement.nodes[key], clamp)
+            for key, clamp in placement.clamps.items()
+            if self.is_saturated(placement.nodes[key], clamp)
+        ]
         for tensor in placement.read.values():
             self.dequantize_for(tensor)
         for tensor in placement.produced.values():
             self.requantize(tensor, own[tensor.name])
+        for node, clamp in saturated:
+            self.absorb(node, clamp)
         for key, node in placement.nodes.items():
             params = kept.get(key)
             if params is not None:
@@ -120,19 +125,26 @@ class Editor:
             text += f", scales of {spared} channels raised to keep sums of pairs in 16 bits"
         return Note(RULE, node.name, text)
 
-    def absorb(self, node: gs.Node, clamp: gs.Node) -> None:
-        """Drop a clamp that the saturation of its output's QuantizeLinear does anyway."""
+    def is_saturated(self, node: gs.Node, clamp: gs.Node) -> bool:
+        """Whether the QuantizeLinear of its output does what a clamp does."""
         out, bounds = clamp.outputs[0], clamp_bounds(clamp)
         params = self.ranges.get((out.name, self.format_of(node)))
         if params is None or bounds is None:
-            return
+            return False
         numbers = FORMATS[self.format_of(node)]
         ends = params.dequantize(np.array([numbers.qmin, numbers.qmax], params.zero_point.dtype))
         slack = float(params.scale) / 2
-        if ends[0] >= bounds[0] - (slack if bounds[0] else 0) and ends[1] <= bounds[1] + slack:
-            clamp.outputs.clear()
-            clamp.inputs.clear()
-            node.outputs[0] = out
+        lowest = bounds[0] - (slack if bounds[0] else 0)
+        return bool(ends[0] >= lowest and ends[1] <= bounds[1] + slack)
+
+    def absorb(self, node: gs.Node, clamp: gs.Node) -> None:
+        """Drop a clamp that saturation does, unless somebody reads its floats as they are."""
+        (out,) = clamp.outputs
+        if self.model.is_output(out) or any(n.op != "QuantizeLinear" for n, _ in readers(out)):
+            return
+        clamp.outputs.clear()
+        clamp.inputs.clear()
+        node.outputs[0] = out
 
     def scale_and_zero_point(self, params: QParams, name: str) -> tuple[gs.Constant, gs.Constant]:
         """The parameters as constants, once for each."""

@@ -146,7 +146,7 @@ def why_too_old(model: Model, scheme: QuantScheme, encoding: Encoding) -> str | 
     )  # fmt: skip
     if model.opset >= needed:
         return None
-    what = scheme.format if model.opset >= STORAGE_SINCE else "Cast"
+    what = scheme.format if model.opset >= STORAGE_SINCE else "Mul"
     return f"opset {model.opset} has no {what} as needed: opset {needed} has"
 
 

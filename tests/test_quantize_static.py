@@ -618,3 +618,20 @@ def test_range_methods(method: str) -> None:
     before = model(f"c = Conv(x, w, b) r = Relu(c) e = Conv(r, w2) {TAIL}", outputs="float[a, b] y")
     after, _ = quantized(before, range=method)
     assert fidelity(before, after) > 20
+
+
+def test_a_clamp_stays_where_its_floats_are_an_output() -> None:
+    """What reads y itself must not see values below zero that saturation would cut off."""
+    rng = np.random.default_rng(0)
+    made = parser.parse_model("""<ir_version: 8, opset_import: ["": 17]>
+        g (float[64, 256] x) => (float[64, 256] y, float[64, 256] z) {
+            a = MatMul(x, w) y = Relu(a) z = MatMul(y, w)
+        }""")
+    weight = rng.normal(0, 0.1, (256, 256)).astype(np.float32)
+    made.graph.initializer.append(numpy_helper.from_array(weight, "w"))
+    found = Model.from_proto(made)
+    feeds = [{"x": rng.normal(0, 1, (64, 256)).astype(np.float32)} for _ in range(4)]
+    QuantizeStatic(load_target("ort-cpu"), open_samples(feeds, found))(found)
+    assert found.nodes("QuantizeLinear")
+    y = runtime.run(runtime.session(found), feeds[0])["y"]
+    assert y.min() >= 0

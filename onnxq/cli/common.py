@@ -59,7 +59,10 @@ def _decibels(ctx: click.Context, param: click.Parameter, value: float | None) -
     return value
 
 
-UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
+UNITS = {
+    "": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12,
+    "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40,
+}  # fmt: skip
 
 
 def memory_option(command: Any) -> Any:
@@ -74,7 +77,7 @@ def memory_option(command: Any) -> Any:
 def _size(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
     if value is None:
         return None
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *([KMG]?I?)B?", value.strip().upper())
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *([KMGT]?I?)B?", value.strip().upper())
     if found is None or found[2] not in UNITS or not float(found[1]):
         raise click.BadParameter(f"{value!r} is no size, give one such as 512MB or 1GB")
     return int(float(found[1]) * UNITS[found[2]])
