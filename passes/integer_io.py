@@ -39,7 +39,7 @@ from onnxq.ports import Affine, Port, Role, ports_of, record
 from onnxq.schemes import FORMATS, QuantScheme
 from onnxq.statistics import MinMax
 from onnxq.targets import Target
-from onnxq.tensors import index_of, redirect
+from onnxq.tensors import index_of, readers, redirect
 
 RULE = "integer_io"
 STAYS = "stays float, "  # in notes of what could not be made an integer
@@ -134,6 +134,8 @@ class _Edit:
                     raise Skip(f"{role}: {STAYS}it is in keep")
                 if role == "output" and (not tensor.inputs or is_constant(tensor)):
                     raise Skip(f"output: {STAYS}nothing in the model computes it")
+                if any(n.op in ("Resize", "Upsample") and i for n, i in readers(tensor)):
+                    raise Skip(f"{role}: {STAYS}it tells the size of what is computed")
                 if role == "input" and self.model.is_output(tensor):
                     raise Skip(f"input: {STAYS}it is an output as it is")
                 found.append((tensor, told(tensor)))

@@ -253,6 +253,11 @@ DECLINES = [
                  ["input: is of int64, no floats",
                   "output: stays float, nothing in the model computes it",
                   "output: is of int32, no floats"], id="constant"),
+    pytest.param("y = Resize(x, , scales)", "float[1, 1, 2, 2] x, float[4] scales",
+                 "float[a, b, c, d] y",
+                 ["input: stays float, it tells the size of what is computed",
+                  "input: stays float, no samples tell its range",
+                  "output: stays float, no samples tell its range"], id="scales-of-a-resize"),
 ]  # fmt: skip
 
 
