@@ -541,12 +541,17 @@ def feeds():
 """
 
 
+def takes_interrupts() -> None:
+    """For a child: its parent may have been told to ignore them, as behind nohup."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def begun(folder: Path, *args: Any, is_there: Callable[[int], bool]) -> subprocess.Popen[str]:
     """A run of the command, when it has come to where it is to be stopped."""
     process = subprocess.Popen(
         [sys.executable, "-m", "onnxq", *map(str, args)], cwd=folder, text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # nohup ignores it
+        preexec_fn=takes_interrupts,
     )  # fmt: skip
     end = time.monotonic() + 60
     while not is_there(process.pid):
@@ -640,7 +645,7 @@ def test_no_signal_comes_between_a_data_file_and_its_model(tmp_path: Path) -> No
         name.write_bytes(b"old")
     done = subprocess.run(
         [sys.executable, "-c", code, *map(str, names)], capture_output=True, text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False,
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False, preexec_fn=takes_interrupts,
     )  # fmt: skip
     assert "KeyboardInterrupt" in done.stderr
     assert [name.read_bytes() for name in names] == [b"new", b"new"]

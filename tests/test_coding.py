@@ -25,7 +25,7 @@ from onnxq.scratch import Scratch, Spilled
 
 FORMS = [
     {"bits": 4}, {"bits": 3, "granularity": "tensor"}, {"bits": 8, "granularity": "channel"},
-    {"codebook": "vector", "bits": 6, "dim": 2}, {"codebook": "nf4", "layers": ("first=int8",)},
+    {"codebook": "vector", "bits": 3, "dim": 2}, {"codebook": "nf4", "layers": ("first=int8",)},
 ]  # fmt: skip
 
 
