@@ -35,7 +35,7 @@ OUTLIERS = 0.55  # of the step for the extremes: below, the one for a normal dis
 FEW = 4  # levels up to which it is the latter
 AGAIN = 1  # steps from the best of them
 LEVELS = 16  # of a grid, at most
-MOVES = np.array([[0], [-1], [1]], np.float32)  # of zero points, at a step
+MOVES = tuple(np.float32(d) for d in (0, -1, 1))  # of zero points, at a step
 BETA, KAPPA = 1.0, 1.3  # as in `hqq`
 STEPS = 1  # each takes as long as three of least squares; more bring 0.005 dB
 
@@ -157,15 +157,17 @@ class _Columns:
             right = scale * fit.scale > 0  # the same sign, and a number
             return Fit(np.where(right, scale, fit.scale), fit.zero), np.where(right, kt * scale, 0)
         k, count = self.k.sum(0, keepdims=True), np.float32(len(self.x))
-        a, b, moved = kt - MOVES * total, kk - 2 * MOVES * k + count * MOVES**2, fit.zero + MOVES
-        with np.errstate(divide="ignore", invalid="ignore"):
-            scale = a / b
-        right = (scale > 0) & (moved >= self.least) & (moved <= self.most)
-        gain = np.where(right, a * scale, 0)
-        pick = gain.argmax(0)[None]
-        best, scale, zero = (np.take_along_axis(v, pick, 0) for v in (gain, scale, moved))
-        found = best > 0
-        return Fit(np.where(found, scale, fit.scale), np.where(found, zero, fit.zero)), best
+        best, scale, zero = np.zeros_like(kt), fit.scale.copy(), fit.zero.copy()
+        for move in MOVES:
+            a, moved = kt - move * total, fit.zero + move
+            with np.errstate(divide="ignore", invalid="ignore"):
+                step = a / (kk - 2 * move * k + count * move * move)
+                gain = a * step
+            better = (step > 0) & (gain > best)
+            better &= moved >= self.least if move < 0 else moved <= self.most
+            for held, new in ((best, gain), (scale, step), (zero, moved)):
+                np.copyto(held, new, where=better)
+        return Fit(scale, zero), best
 
     def least_norm(self, start: Fit) -> Fit:
         fit = best = start
