@@ -22,10 +22,12 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnxq.core import Note
+from onnxq.disjoint import DisjointSets
 from onnxq.model import Model, producer, readers, values_of
 from onnxq.passes.costs import rounded_up
 from onnxq.passes.sizes import Sizes
 from onnxq.targets import Costs, Target
+from onnxq.weights import bytes_in
 
 NAME = "fill_blocks"
 # Each channel on its own; no value of a channel of zeros gets lost or infinite.
@@ -79,7 +81,7 @@ class FillBlocks:
             return []
         model.infer_shapes()
         room = GROWTH * sum(
-            t.values.nbytes for t in model.graph.tensors().values() if isinstance(t, gs.Constant)
+            bytes_in(t) for t in model.graph.tensors().values() if isinstance(t, gs.Constant)
         )
         notes, sizes = [], Sizes(model)
         found = [(g, g.channels()) for g in _groups(model) if g.writers and g.readers]
@@ -106,23 +108,17 @@ class FillBlocks:
 
 def _groups(model: Model) -> list[_Group]:
     """All sets of tensors that widen together, in the order of the nodes that make them."""
-    parent: dict[int, int] = {}
+    sets = DisjointSets()
     tensors: dict[int, gs.Tensor] = {}
-
-    def find(key: int) -> int:
-        while parent.setdefault(key, key) != key:
-            key = parent[key]
-        return key
-
     nodes = [n for n in model.nodes("Conv", *UNARY, *WHOLE, *BINARY) if n.outputs]
     for node in nodes:
         ends = [node.outputs[0], *_through(node)]
         for tensor in ends:
             tensors[id(tensor)] = tensor
-            parent[find(id(tensor))] = find(id(ends[0]))
+            sets.join(id(tensor), id(ends[0]))
     groups: dict[int, _Group] = {}
     for key, tensor in tensors.items():
-        group = groups.setdefault(find(key), _Group())
+        group = groups.setdefault(sets.find(key), _Group())
         group.tensors.append(tensor)
         group.is_closed &= _is_made(tensor) and not model.is_output(tensor)
         for node, _ in readers(tensor):
@@ -131,7 +127,7 @@ def _groups(model: Model) -> list[_Group]:
             elif not any(t is tensor for t in _through(node)):
                 group.is_closed = False
     for node in nodes:
-        group = groups[find(id(node.outputs[0]))]
+        group = groups[sets.find(id(node.outputs[0]))]
         if _is_dense(node):
             group.writers.append(node)
         else:

@@ -23,6 +23,7 @@ from onnxq.core import Note, Skip
 from onnxq.data import Samples
 from onnxq.layers import Layers
 from onnxq.model import Model
+from onnxq.options import require_range
 from onnxq.parallel import Crew
 from onnxq.passes.codebook_encoding import SINCE, Coded, IndexStorage, coded
 from onnxq.passes.coding import CodeSource
@@ -35,7 +36,9 @@ from onnxq.passes.weight_storage import (
     Unpacked,
     find_weights,
     linear_bits,
+    require_formats,
     shared_by,
+    stored_formats,
     told,
     why_too_old,
 )
@@ -84,14 +87,9 @@ class QuantizeCodebook:
     crew: Crew | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        allowed = self.allowed
-        for format in self._named():
-            if format not in FORMATS or format == "int32" or (allowed and format not in allowed):
-                runs = "ONNX Runtime" if self.target is None else self.target.name
-                listed = ", ".join(allowed or (f for f in FORMATS if f != "int32"))
-                raise ValueError(
-                    f"format {format!r}: {runs} cannot run weights in it: use one of {listed}"
-                )
+        require_range("seed", self.seed, 0)
+        require_range("smallest", self.smallest, 1)
+        require_formats(self._named(), self.target)
         self._scheme()
 
     @property
@@ -105,18 +103,14 @@ class QuantizeCodebook:
         return field != "samples" or options.get("range") == WEIGHED
 
     @property
-    def allowed(self) -> tuple[str, ...]:
-        """The integers that the target unpacks at load; empty: all."""
-        return self.target.stored_formats if self.target is not None else ()
-
-    @property
     def opset(self) -> int:
         """The opset that a model should have: uint4 loads faster than two indices in a byte.
 
         2 bits share bytes in models below opset 25, which few runtimes read.
         """
         since = CAST_SINCE["uint4"]
-        fastest = since if IndexStorage.of(self._scheme().bits, since, self.allowed).type else SINCE
+        storage = IndexStorage.of(self._scheme().bits, since, stored_formats(self.target))
+        fastest = since if storage.type else SINCE
         return max([SINCE, fastest, *(opset_for(f, "storage", groups=True) for f in self._named())])
 
     @property
@@ -254,7 +248,7 @@ class _Work:
         if options.unfit is not None:
             raise Skip(options.unfit)
         scheme = options.scheme(weight.held)
-        storage = IndexStorage.of(scheme.bits, model.opset, options.allowed)
+        storage = IndexStorage.of(scheme.bits, model.opset, stored_formats(options.target))
         asked = weight.choice.weights if weight.choice is not None else None
         if asked is not None:
             return self._linear(weight, asked, storage)

@@ -37,6 +37,8 @@ from onnxq.passes.weight_storage import (
     Unpacked,
     find_weights,
     linear_bits,
+    require_formats,
+    stored_formats,
     told,
     why_too_old,
 )
@@ -98,14 +100,9 @@ class QuantizeWeights:
         require_range("recurrent_group", self.recurrent_group, 0)
         require_range("wide_share", self.wide_share, 0, 1)
         named = {c.weights for c in Layers.parse(self.layers).all if c.weights}
-        for format in (self.format, *sorted(named)):
-            allowed = self.target.stored_formats if self.target is not None else ()
-            if format not in FORMATS or format == "int32" or (allowed and format not in allowed):
-                runs = "ONNX Runtime" if self.target is None else self.target.name
-                listed = ", ".join(allowed or (f for f in FORMATS if f != "int32"))
-                raise ValueError(
-                    f"format {format!r}: {runs} cannot run weights in it: use one of {listed}"
-                )
+        formats = self.format, *sorted(named)
+        require_formats(formats, self.target)
+        for format in formats:
             self._scheme(format)
 
     @property
@@ -222,7 +219,7 @@ class _Work:
     def _widened(self, jobs: list[_Job]) -> list[_Job]:
         """The jobs, those of the smallest weights with 16 bits, while they are few bytes."""
         wide = WIDER.get(self.options.format)
-        allowed = self.target.stored_formats if self.target is not None else ()
+        allowed = stored_formats(self.target)
         if wide is None or self.options.levels is not None or (allowed and wide not in allowed):
             return jobs
         sizes = {id(job.weight.tensor): job.weight.size for job in jobs}

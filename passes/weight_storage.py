@@ -5,23 +5,22 @@ For passes that rewrite weights of layers that compute in floats, whatever the n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
-from numpy.typing import NDArray
 
-from onnxq.core import Note, Skip
+from onnxq.core import Note
 from onnxq.layers import Choice, Layers, is_lookup
-from onnxq.model import Model, readers, values_of
+from onnxq.model import Model, readers
 from onnxq.passes.encodings import STORAGE_SINCE, Emitter, Encoding, opset_for
 from onnxq.passes.layouts import WEIGHTS, Held, held_by
 from onnxq.passes.ops import is_constant
 from onnxq.passes.sensitive import OUTPUT_SHARE, output_convolutions
-from onnxq.schemes import Granularity, PerGroup, PerTensor, QuantScheme
+from onnxq.schemes import FORMATS, Granularity, PerGroup, PerTensor, QuantScheme
+from onnxq.targets import Target
 from onnxq.weights import data_type_of, stored_size
 
 OVERHEAD = 256  # bytes of the nodes and names that unpack a weight, about
@@ -48,17 +47,27 @@ class Found:
         """How many values it has."""
         return prod(self.held.shape)
 
-    def values(self) -> NDArray[Any]:
-        """What it holds; raises Skip when that is not finite."""
-        values = np.asarray(values_of(self.tensor))
-        if not np.isfinite(values).all():
-            raise Skip("its weight has NaN or infinite values")
-        return values
-
     def is_worth(self, bits: float) -> bool:
         """Whether the file gets smaller with so many bits a value."""
         before = self.size * np.dtype(self.tensor.dtype).itemsize
         return bool(self.size * bits / 8 + OVERHEAD < before)
+
+
+def require_formats(formats: Iterable[str], target: Target | None) -> None:
+    """Raise ValueError for a linear format of weights that the target cannot run."""
+    allowed = stored_formats(target)
+    for format in formats:
+        if format not in FORMATS or format == "int32" or (allowed and format not in allowed):
+            runs = "ONNX Runtime" if target is None else target.name
+            listed = ", ".join(allowed or (f for f in FORMATS if f != "int32"))
+            raise ValueError(
+                f"format {format!r}: {runs} cannot run weights in it: use one of {listed}"
+            )
+
+
+def stored_formats(target: Target | None) -> tuple[str, ...]:
+    """The formats of weights that the target runs; empty: all."""
+    return target.stored_formats if target is not None else ()
 
 
 def find_weights(

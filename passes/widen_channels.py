@@ -20,10 +20,12 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from onnxq.core import Note
+from onnxq.disjoint import DisjointSets
 from onnxq.model import Model, producer, readers, values_of
 from onnxq.passes.costs import rounded_up
 from onnxq.passes.ops import is_constant
 from onnxq.targets import Costs, Target
+from onnxq.weights import bytes_in
 
 NAME = "widen_channels"
 # Operators that treat each channel on its own, as many going in as coming out.
@@ -76,7 +78,7 @@ class WidenChannels:
         model.infer_shapes()
         net = _Net(model)
         room = GROWTH * sum(
-            t.values.nbytes for t in model.graph.tensors().values() if isinstance(t, gs.Constant)
+            bytes_in(t) for t in model.graph.tensors().values() if isinstance(t, gs.Constant)
         )
         notes = []
         for group in net.groups():
@@ -138,20 +140,14 @@ class _Net:
 
     def groups(self) -> list[_Group]:
         """All sets of tensors that widen together."""
-        parent: dict[int, int] = {}
-
-        def find(key: int) -> int:
-            while parent.setdefault(key, key) != key:
-                key = parent[key]
-            return key
-
+        sets = DisjointSets()
         for key, node in self.source.items():
             if not _is_dense(node):
                 for tensor in _integers(node):
-                    parent[find(id(tensor))] = find(key)
+                    sets.join(id(tensor), key)
         groups: dict[int, _Group] = {}
         for key, tensor in self.tensors.items():
-            group = groups.setdefault(find(key), _Group())
+            group = groups.setdefault(sets.find(key), _Group())
             maker = self.source.get(key)
             (group.taken if maker is None else group.made).append(tensor)
             if maker is not None and maker.op == "Conv":

@@ -123,7 +123,7 @@ def linear(pass_: QuantizeCodebook, weight: Found) -> np.ndarray:
     """As `values`, where a codebook of so few would take more than int8."""
     held = weight.held
     numbers, params = quantize_weight(
-        held.rows(weight.values()), pass_.linear(weight, "int8"), None, "mse"
+        held.rows(np.asarray(weight.tensor.values)), pass_.linear(weight, "int8"), None, "mse"
     )
     back = params.dequantize(numbers).reshape([held.shape[a] for a in held.order])
     return np.ascontiguousarray(back.transpose(np.argsort(held.order)))
@@ -371,6 +371,8 @@ WRONG = [
     pytest.param({"codebook": "vector", "dim": 3}, "do not fill groups of 64", id="group"),
     pytest.param({"codebook": "huffman"}, "unknown codebook", id="kind"),
     pytest.param({"bits": 9}, "1 to 8 bits", id="bits"),
+    pytest.param({"seed": -1}, "seed is at least 0", id="seed"),
+    pytest.param({"smallest": 0}, "smallest is at least 1", id="smallest"),
     pytest.param({"group_size": 0}, "at least one value", id="group-size"),
 ]
 

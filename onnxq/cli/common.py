@@ -132,7 +132,7 @@ def errors(*, debug: bool) -> Iterator[None]:
         raise
     except KeyboardInterrupt as e:  # click would print an empty line, and exit with 1
         stopped(e)
-    except Exception as e:
+    except Exception as e:  # no traceback for anybody who did not ask for one
         if debug:
             raise
         text = " ".join(str(e).split()) or type(e).__name__
