@@ -175,7 +175,7 @@ class _Work:
             raise Skip("a weight of 16 bits: convert_float32 comes first")
         layers = tuple(Layer.of(self.model, j.weight.node, j.weight.held) for j in jobs)
         task = _Task(first, layers)
-        if (size := task.size_bytes >> 20) > self.options.memory_mb:
+        if (size := -(-task.size_bytes >> 20)) > self.options.memory_mb:
             raise Skip(f"its products take {size} MB: memory_mb allows {self.options.memory_mb}")
         return task
 
