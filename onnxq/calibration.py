@@ -26,7 +26,7 @@ from onnxq.files import atomic_write
 from onnxq.instrument import Plan, Wanted, instrument, stride
 from onnxq.model import Model
 from onnxq.numerics import histograms
-from onnxq.statistics import Gram, Histogram, MinMax, Products, Statistic, SumOfSquares
+from onnxq.statistics import GramTally, Histogram, MinMax, Statistic, SumOfSquares
 
 Feed = Mapping[str, NDArray[Any]]
 
@@ -130,7 +130,10 @@ class Watch:
     def __post_init__(self) -> None:
         every = (name for probe in self.plan.probes for name in probe.fetched)
         self.names = list(dict.fromkeys(every))
-        self.tallies = [Tally() for _ in self.plan.probes]
+        self.tallies = [
+            Tally(products=None if probe.products is None else GramTally(probe.products))
+            for probe in self.plan.probes
+        ]
 
     def see(self, index: int, feed: Feed) -> None:
         """Run one sample and add what is observed."""
@@ -144,9 +147,10 @@ class Watch:
         )
         late = []
         for probe, tally in zip(self.plan.probes, self.tallies, strict=True):
-            if probe.products is not None:
-                source = feed[probe.source] if probe.is_input else values[probe.source]
-                tally.see_products(np.asarray(source), probe.products, index, offset)
+            if tally.products is not None:
+                if tally.products.wish.has(index):
+                    source = feed[probe.source] if probe.is_input else values[probe.source]
+                    tally.products.see(np.asarray(source), offset)
             elif probe.sums:
                 tally.see_sums(np.asarray(values[probe.source]))
             elif probe.lo:
@@ -181,8 +185,8 @@ class Watch:
     def statistics(self) -> dict[str, Statistic]:
         """Return what was observed so far."""
         return {
-            probe.tensor: tally.gram or Gram(np.zeros((1, 0, 0)))
-            if probe.products is not None
+            probe.tensor: tally.products.gram()
+            if tally.products is not None
             else tally.sums
             if tally.sums is not None
             else tally.histogram()
@@ -204,13 +208,7 @@ class Tally:
     size: int = 0
     counted: histograms.Counts = histograms.NONE
     sums: SumOfSquares | None = None
-    gram: Gram | None = None
-
-    def see_products(self, whole: NDArray[Any], wish: Products, index: int, offset: int) -> None:
-        """Add one sample's vectors, if it counts."""
-        if wish.has(index):
-            new = wish.of(whole, offset)
-            self.gram = new if self.gram is None else self.gram.merge(new)
+    products: GramTally | None = None
 
     def see_sums(self, sums: NDArray[Any]) -> None:
         """Add one sample's sums of squares."""

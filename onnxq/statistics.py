@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, Self
 
 import numpy as np
@@ -211,19 +211,17 @@ class Products:
 
     def of(self, x: NDArray[Any], offset: int) -> Gram:
         """Of one sample's whole tensor; offset: which of its vectors, where there are many."""
-        vectors, share = self.lay.of(x, self.limit, offset)
-        if not np.isfinite(vectors).all():
-            return Gram(np.zeros((len(vectors), *vectors.shape[2:] * 2)), 1, True)
-        sums = (vectors.swapaxes(1, 2) @ vectors).astype(np.float64) * share
-        return Gram(sums, 1)
+        adding = GramTally(self)
+        adding.see(x, offset)
+        return adding.gram()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Gram:
     """Sums of x x^T over the vectors x that a layer multiplies its weight with.
 
-    sums: float64 [blocks, K, K]; products of one sample are added in float32. Of samples that have
-    NaN or infinities in them nothing is added.
+    sums: float64 [blocks, K, K]; products of some K vectors are added in float32. Of samples with NaN
+    or infinities in them nothing is added.
     """
 
     sums: NDArray[np.float64]
@@ -246,6 +244,50 @@ class Gram:
     def whole(self, lay: Lay) -> NDArray[np.float64]:
         """The sums as the weight's rows have them."""
         return lay.assembled(self.sums) if isinstance(lay, Patches) else self.sums
+
+
+@dataclass(slots=True)
+class GramTally:
+    """A `Gram` under construction: vectors wait until there are about as many as they are long.
+
+    A sample's share of K x K values would be many more than its vectors have.
+    """
+
+    wish: Products
+    sums: NDArray[np.float64] | None = None
+    waiting: list[NDArray[np.float32]] = field(default_factory=list)
+    size: int = 0
+    count: int = 0
+    has_nonfinite: bool = False
+
+    def see(self, x: NDArray[Any], offset: int) -> None:
+        """Add one sample's whole tensor."""
+        vectors, share = self.wish.lay.of(x, self.wish.limit, offset)
+        self.count += 1
+        if not np.isfinite(vectors).all():
+            self.has_nonfinite = True
+            vectors = np.zeros_like(vectors)
+        self.waiting.append(vectors * np.float32(share**0.5))
+        self.size += vectors.shape[1]
+        if self.size >= vectors.shape[2]:
+            self._add()
+
+    def gram(self) -> Gram:
+        """The sums so far; empty where no sample counted."""
+        if self.waiting:
+            self._add()
+        sums = np.zeros((1, 0, 0)) if self.sums is None else self.sums
+        return Gram(sums, self.count, self.has_nonfinite)
+
+    def _add(self) -> None:
+        vectors = np.concatenate(self.waiting, 1)
+        if self.sums is None:
+            self.sums = np.zeros((len(vectors), *vectors.shape[2:] * 2))
+        if len(vectors) == 1:  # numpy knows x^T x, of which BLAS computes one half
+            self.sums[0] += vectors[0].T @ vectors[0]
+        else:
+            self.sums += vectors.swapaxes(1, 2) @ vectors
+        self.waiting, self.size = [], 0
 
 
 def extremes(x: NDArray[Any]) -> tuple[float, float, bool]:
