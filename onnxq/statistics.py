@@ -220,8 +220,8 @@ class Products:
 class Gram:
     """Sums of x x^T over the vectors x that a layer multiplies its weight with.
 
-    sums: float64 [blocks, K, K]; products of some K vectors are added in float32. Of samples with NaN
-    or infinities in them nothing is added.
+    sums: float64 [blocks, K, K]; products of some K vectors are added in float32. Of
+    samples with NaN or infinities in them nothing is added.
     """
 
     sums: NDArray[np.float64]
