@@ -63,7 +63,7 @@ class ReconstructWeights:
     range: Method = "importance"
     damping: float = 0.01
     sweeps: int = 3
-    rounds: int = 12
+    rounds: int = 1
     memory_mb: int = 1024
     encoding: Literal["auto", "compute", "storage"] = "auto"
     smallest: int = 512
