@@ -26,7 +26,7 @@ from onnxq.files import atomic_write
 from onnxq.instrument import Plan, Wanted, instrument, stride
 from onnxq.model import Model
 from onnxq.numerics import histograms
-from onnxq.statistics import Histogram, MinMax, Statistic, SumOfSquares
+from onnxq.statistics import GramTally, Histogram, MinMax, Statistic, SumOfSquares
 
 Feed = Mapping[str, NDArray[Any]]
 
@@ -45,7 +45,8 @@ def calibrate(
     """Observe tensors over samples, those in bodies of If, Loop and Scan too.
 
     wanted: tensor name -> `MinMax`, `Histogram` or `Squares(axis)`, whose result is a
-    `SumOfSquares`, and which bodies do not have. data: dicts of arrays by input name; shapes may
+    `SumOfSquares`; or any key -> `Products(tensor, ...)`, whose result is a `Gram`. Bodies do not
+    have the last two. data: dicts of arrays by input name; shapes may
     differ from sample to sample. One sample is in flight (with an executor: a bounded number of
     chunks), so memory does not depend on the number of samples. The result does not depend on how
     the samples are divided. progress is called with the number of samples that are done.
@@ -127,8 +128,12 @@ class Watch:
     second: Any = None
 
     def __post_init__(self) -> None:
-        self.names = [name for probe in self.plan.probes for name in probe.fetched]
-        self.tallies = [Tally() for _ in self.plan.probes]
+        every = (name for probe in self.plan.probes for name in probe.fetched)
+        self.names = list(dict.fromkeys(every))
+        self.tallies = [
+            Tally(products=None if probe.products is None else GramTally(probe.products))
+            for probe in self.plan.probes
+        ]
 
     def see(self, index: int, feed: Feed) -> None:
         """Run one sample and add what is observed."""
@@ -142,7 +147,11 @@ class Watch:
         )
         late = []
         for probe, tally in zip(self.plan.probes, self.tallies, strict=True):
-            if probe.sums:
+            if tally.products is not None:
+                if tally.products.wish.has(index):
+                    source = feed[probe.source] if probe.is_input else values[probe.source]
+                    tally.products.see(np.asarray(source), offset)
+            elif probe.sums:
                 tally.see_sums(np.asarray(values[probe.source]))
             elif probe.lo:
                 lo, hi = float(values[probe.lo].min()), float(values[probe.hi].max())
@@ -176,7 +185,9 @@ class Watch:
     def statistics(self) -> dict[str, Statistic]:
         """Return what was observed so far."""
         return {
-            probe.tensor: tally.sums
+            probe.tensor: tally.products.gram()
+            if tally.products is not None
+            else tally.sums
             if tally.sums is not None
             else tally.histogram()
             if probe.histogram
@@ -197,6 +208,7 @@ class Tally:
     size: int = 0
     counted: histograms.Counts = histograms.NONE
     sums: SumOfSquares | None = None
+    products: GramTally | None = None
 
     def see_sums(self, sums: NDArray[Any]) -> None:
         """Add one sample's sums of squares."""

@@ -8,7 +8,8 @@ and does not divide the tensor's size: so it falls into step with no width, heig
 It starts at another offset for each sample (a Weyl sequence over the sample's number), so that all
 positions are seen over the samples, wherever a sample is run.
 
-Sums of squares of each index of an axis (`Squares`) are made in the graph as well.
+Sums of squares of each index of an axis (`Squares`) are made in the graph as well. Tensors whose
+vectors' products are summed (`Products`) are fetched whole: a graph has no BLAS for patches.
 
 Tensors in the bodies of If, Loop and Scan are logged in rows (`onnxq.bodies`).
 """
@@ -29,7 +30,7 @@ from onnxq import bodies
 from onnxq.errors import ModelError
 from onnxq.graphs import DEFAULT_DOMAIN
 from onnxq.model import Model
-from onnxq.statistics import Histogram, MinMax, Squares, Statistic
+from onnxq.statistics import Histogram, MinMax, Products, Squares, Statistic
 from onnxq.weights import data_type_of
 
 Feed = Mapping[str, NDArray[Any]]
@@ -37,7 +38,7 @@ Feed = Mapping[str, NDArray[Any]]
 SAMPLE = 2048  # values of a tensor that one sample adds to its histogram
 WHOLE = 1 << 17  # values up to which a tensor is fetched (measured: bench_calibration.py)
 ROWS = 32  # rows that a reduction in the graph leaves, about
-Wanted = Mapping[str, "type[Statistic] | Squares"]
+Wanted = Mapping[str, "type[Statistic] | Squares | Products"]
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
 
 
@@ -46,7 +47,7 @@ class Probe:
     """How one tensor is observed: `source` whole (`is_input`: in the feed), or what is made.
 
     is_log: `source` is rows of extremes and values, float32 [runs, bodies.ROW]. sums: `source` is
-    sums of squares.
+    sums of squares. products: what is made of it whole.
     """
 
     tensor: str
@@ -55,6 +56,7 @@ class Probe:
     is_input: bool = False
     is_log: bool = False
     sums: bool = False
+    products: Products | None = None
     lo: str = ""
     hi: str = ""
     sample: str = ""
@@ -114,9 +116,10 @@ def instrument(model: Model, wanted: Wanted, first: Feed) -> tuple[onnx.ModelPro
     graph.ClearField("output")
     extra, log = Observations(graph, model.opset), bodies.Log()
     probes = []
-    for tensor, statistic in wanted.items():
-        if statistic not in (MinMax, Histogram) and not isinstance(statistic, Squares):
-            raise TypeError(f"cannot calibrate {statistic}: MinMax, Histogram or Squares")
+    for key, statistic in wanted.items():
+        if statistic not in (MinMax, Histogram) and not isinstance(statistic, Squares | Products):
+            raise TypeError(f"cannot calibrate {statistic}: MinMax, Histogram, Squares or Products")
+        tensor = statistic.tensor if isinstance(statistic, Products) else key
         if tensor not in inputs and tensor not in made and tensor not in inside:
             raise ModelError(f"there is no activation {tensor!r} to calibrate")
         kind = types[tensor].elem_type if tensor in types else 0
@@ -129,6 +132,12 @@ def instrument(model: Model, wanted: Wanted, first: Feed) -> tuple[onnx.ModelPro
                 raise ModelError(f"cannot calibrate {tensor!r}: no sums of squares in bodies")
             rank = len(shapes.get(tensor) or _dims(types[tensor]) or ())
             probes.append(extra.squares(tensor, kind, rank, statistic.axis))
+        elif isinstance(statistic, Products):
+            if tensor in inside:
+                raise ModelError(f"cannot calibrate {tensor!r}: no sums of products in bodies")
+            if tensor not in inputs:
+                extra.output(tensor)
+            probes.append(Probe(key, False, tensor, tensor in inputs, products=statistic))
         elif tensor in inputs:
             probes.append(Probe(tensor, histogram, tensor, is_input=True))
         elif tensor in made:
@@ -255,5 +264,6 @@ class Observations:
         return self.constants[values]
 
     def output(self, name: str) -> None:
-        """Make a tensor an output of the graph; onnxruntime infers its type."""
-        self.graph.output.append(onnx.ValueInfoProto(name=name))
+        """Make a tensor an output of the graph, once; onnxruntime infers its type."""
+        if all(output.name != name for output in self.graph.output):
+            self.graph.output.append(onnx.ValueInfoProto(name=name))

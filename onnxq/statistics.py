@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from onnxq.numerics import histograms, ranges
+from onnxq.numerics.patches import Lay, Patches
 
 Method = Literal["minmax", "percentile", "entropy", "mse", "careful"]
 
@@ -188,6 +189,105 @@ class SumOfSquares:
         powers = [LEAST_BIT + LIMB_BITS * i for i in range(LIMBS)]
         parts = np.ldexp(self.limbs.astype(np.float64), np.array(powers)[:, None])
         return np.asarray(parts.sum(0))
+
+
+@dataclass(frozen=True, slots=True)
+class Products:
+    """The wish for a `Gram` of the vectors that a layer makes of a tensor.
+
+    limit: how many vectors of a sample are looked at, at most. start, stop: the samples that count,
+    by number.
+    """
+
+    tensor: str
+    lay: Lay
+    limit: int = 1024
+    start: int = 0
+    stop: int | None = None
+
+    def has(self, index: int) -> bool:
+        """Whether the sample counts."""
+        return index >= self.start and (self.stop is None or index < self.stop)
+
+    def of(self, x: NDArray[Any], offset: int) -> Gram:
+        """Of one sample's whole tensor; offset: which of its vectors, where there are many."""
+        adding = GramTally(self)
+        adding.see(x, offset)
+        return adding.gram()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Gram:
+    """Sums of x x^T over the vectors x that a layer multiplies its weight with.
+
+    sums: float64 [blocks, K, K]; products of some K vectors are added in float32. Of
+    samples with NaN or infinities in them nothing is added.
+    """
+
+    sums: NDArray[np.float64]
+    count: int = 0
+    has_nonfinite: bool = False
+
+    def merge(self, other: Gram) -> Gram:
+        """Return the sums over both sets of samples; to the last digits the order matters.
+
+        Raises ValueError when the vectors are of another length there.
+        """
+        if self.sums.shape != other.sums.shape:
+            raise ValueError(f"a gram of shape {self.sums.shape} beside {other.sums.shape}")
+        return Gram(
+            self.sums + other.sums,
+            self.count + other.count,
+            self.has_nonfinite or other.has_nonfinite,
+        )
+
+    def whole(self, lay: Lay) -> NDArray[np.float64]:
+        """The sums as the weight's rows have them."""
+        return lay.assembled(self.sums) if isinstance(lay, Patches) else self.sums
+
+
+@dataclass(slots=True)
+class GramTally:
+    """A `Gram` under construction: vectors wait until there are about as many as they are long.
+
+    A sample's share of K x K values would be many more than its vectors have.
+    """
+
+    wish: Products
+    sums: NDArray[np.float64] | None = None
+    waiting: list[NDArray[np.float32]] = field(default_factory=list)
+    size: int = 0
+    count: int = 0
+    has_nonfinite: bool = False
+
+    def see(self, x: NDArray[Any], offset: int) -> None:
+        """Add one sample's whole tensor."""
+        vectors, share = self.wish.lay.of(x, self.wish.limit, offset)
+        self.count += 1
+        if not np.isfinite(vectors).all():
+            self.has_nonfinite = True
+            vectors = np.zeros_like(vectors)
+        self.waiting.append(vectors * np.float32(share**0.5))
+        self.size += vectors.shape[1]
+        if self.size >= vectors.shape[2]:
+            self._add()
+
+    def gram(self) -> Gram:
+        """The sums so far; empty where no sample counted."""
+        if self.waiting:
+            self._add()
+        sums = np.zeros((1, 0, 0)) if self.sums is None else self.sums
+        return Gram(sums, self.count, self.has_nonfinite)
+
+    def _add(self) -> None:
+        vectors = np.concatenate(self.waiting, 1)
+        if self.sums is None:
+            self.sums = np.zeros((len(vectors), *vectors.shape[2:] * 2))
+        if len(vectors) == 1:  # numpy knows x^T x, of which BLAS computes one half
+            self.sums[0] += vectors[0].T @ vectors[0]
+        else:
+            self.sums += vectors.swapaxes(1, 2) @ vectors
+        self.waiting, self.size = [], 0
 
 
 def extremes(x: NDArray[Any]) -> tuple[float, float, bool]:

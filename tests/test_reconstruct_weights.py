@@ -1,0 +1,280 @@
+"""reconstruct_weights: closer results with the same bits, and integers that survive."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from onnx import numpy_helper, parser
+
+from onnxq import runtime
+from onnxq.data import Samples, open_samples
+from onnxq.errors import DataError
+from onnxq.model import Model
+from onnxq.numerics.metrics import sqnr_db
+from onnxq.packed import remembered
+from onnxq.passes import QuantizeWeights, ReconstructWeights
+from onnxq.passes.grams import Layer, depths, in_rounds, observed_products
+from onnxq.passes.layouts import held_by
+from onnxq.recipes import load_recipe
+from onnxq.synthetic import synthetic_samples
+
+SHAPES = {
+    "w": (16, 8, 3, 3), "wg": (16, 4, 3, 3), "wd": (24, 1, 5, 5), "wt": (8, 16, 3, 3),
+    "wtg": (8, 8, 3, 3), "w1": (16, 8, 5), "m": (32, 48), "mt": (48, 32), "m2": (48, 40),
+    "left": (40, 20), "lw": (1, 64, 32), "lr": (1, 64, 16), "bw": (2, 48, 32),
+    "br": (2, 48, 16), "table": (40, 32), "stack": (2, 32, 24),
+}  # fmt: skip
+IMAGE, ROWS, FOUR = "float[1, 8, 6, 6] x", "float[20, 32] x", "float[a, b, c, d] y"
+OUT, SEQUENCE = "float[a, b] y", "float[9, 1, 32] x"
+CASES = {
+    "MatMul": ("y = MatMul(x, m)", ROWS, OUT),
+    "MatMul-left": ("y = MatMul(left, x)", ROWS, OUT),
+    "Gemm": ("y = Gemm<transB = 1>(x, mt)", ROWS, OUT),
+    "Gemm-transA": ("y = Gemm<transA = 1>(x, m)", "float[32, 20] x", OUT),
+    "Conv": ("y = Conv<strides = [2, 1], pads = [1, 0, 1, 0]>(x, w)", IMAGE, FOUR),
+    "Conv-groups": ("y = Conv<group = 2>(x, wg)", IMAGE, FOUR),
+    "Conv-depthwise": ("y = Conv<group = 24>(x, wd)", "float[1, 24, 9, 9] x", FOUR),
+    "Conv-1D": ("y = Conv(x, w1)", "float[1, 8, 16] x", "float[a, b, c] y"),
+    "ConvTranspose": ("y = ConvTranspose<strides = [2, 2]>(x, wt)", IMAGE, FOUR),
+    "ConvTranspose-groups": ("y = ConvTranspose<group = 2>(x, wtg)", IMAGE, FOUR),
+    "LSTM": ("y = LSTM<hidden_size = 16>(x, lw, lr)", SEQUENCE, FOUR),
+    "GRU": ('y = GRU<hidden_size = 16, direction = "bidirectional">(x, bw, br)', SEQUENCE, FOUR),
+    "chain": ("h = MatMul(x, m) r = Relu(h) y = MatMul(r, m2)", ROWS, OUT),
+}  # fmt: skip
+SCHEMES: dict[str, dict[str, Any]] = {
+    "int8": {"format": "int8", "granularity": "channel", "symmetric": True},
+    "int4": {"format": "int4", "granularity": "channel", "symmetric": True},
+    "uint4": {"format": "uint4", "granularity": "group", "group_size": 16, "symmetric": False},
+    "short": {"format": "uint4", "granularity": "group", "group_size": 20, "symmetric": False},
+    "tensor": {"format": "int8", "granularity": "tensor", "symmetric": True},
+    "int2": {"format": "int2", "granularity": "group", "group_size": 8, "symmetric": True},
+}
+
+
+def model(body: str, inputs: str, outputs: str, seed: int = 2) -> Model:
+    proto = parser.parse_model(
+        f'<ir_version: 11, opset_import: ["": 25]> g ({inputs}) => ({outputs}) {{ {body} }}'
+    )
+    rng = np.random.default_rng(seed)
+    for name, shape in SHAPES.items():
+        if f"{name}," in body or f"{name})" in body:
+            value = rng.normal(0, 0.2, shape).astype(np.float32)
+            proto.graph.initializer.append(numpy_helper.from_array(value, name))
+    return Model.from_proto(proto)
+
+
+AXES = {2: 1, 3: 2, 4: 1}  # of what is summed over, by rank; SUMMED: where it is another
+SUMMED = {"MatMul-left": 0, "Gemm-transA": 0, "Conv-1D": 1}
+
+
+def correlated(model: Model, count: int = 32, axis: int | None = None) -> Samples:
+    """Samples whose vectors follow few causes, and some noise; neighbours in space are alike."""
+    rng = np.random.default_rng(5)
+    shape = (count, *model.graph.inputs[0].shape)
+    axis = 1 + (AXES[len(shape) - 1] if axis is None else axis)
+    size = shape[axis]
+    mix = rng.normal(size=(size, max(size // 6, 2))) @ rng.normal(size=(max(size // 6, 2), size))
+    x = rng.normal(size=shape)
+    if len(shape) == 5:
+        x = x + np.roll(x, 1, 4) + np.roll(x, 2, 4) + np.roll(x, 1, 3)
+    values = np.moveaxis(np.moveaxis(x, axis, -1) @ (mix / size + 0.1 * np.eye(size)), -1, axis)
+    return open_samples([{"x": v.astype(np.float32)} for v in values], model)
+
+
+def closeness(before: Model, after: Model, samples: Samples) -> float:
+    one, two = runtime.session(before), runtime.session(after)
+    pairs = [(one.run(None, f)[0], two.run(None, f)[0]) for f in samples]
+    return sqnr_db(np.stack([a for a, _ in pairs]), np.stack([b for _, b in pairs]))
+
+
+def both(name: str, scheme: str, **options: Any) -> tuple[Model, Model, Model, Samples, Any]:
+    """A model; quantized after reconstruction and without; samples; what the pass said."""
+    before = model(*CASES[name])
+    samples, chosen = correlated(before, axis=SUMMED.get(name)), SCHEMES[scheme]
+    after, plain = before.copy(), before.copy()
+    notes = ReconstructWeights(samples=samples, **chosen, **options)(after)
+    QuantizeWeights(**chosen)(after)
+    QuantizeWeights(**chosen, range="importance", samples=samples)(plain)
+    return before, after, plain, samples, notes
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_results_are_closer(name: str) -> None:
+    before, after, plain, samples, notes = both(name, "int4", smallest=300)
+    assert all(note.changed for note in notes)
+    held = samples.skip(24)
+    gain = closeness(before, after, held) - closeness(before, plain, held)
+    assert gain > (1 if "depthwise" in name else 4)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("name", ["MatMul", "Conv", "ConvTranspose-groups", "LSTM"])
+def test_integers_are_kept_as_they_are(name: str, scheme: str) -> None:
+    """What quantize_weights writes unpacks to the values that the pass left, to the bit."""
+    before = model(*CASES[name])
+    samples = correlated(before, 12)
+    left = before.copy()
+    notes = ReconstructWeights(samples=samples, **SCHEMES[scheme])(left)
+    assert all(note.changed for note in notes)
+    packed = left.copy()
+    assert all(n.changed for n in QuantizeWeights(**SCHEMES[scheme])(packed))
+    assert packed.to_proto().ByteSize() < left.to_proto().ByteSize()
+    one, two = runtime.session(left), runtime.session(packed)
+    for feed in samples:
+        np.testing.assert_allclose(
+            one.run(None, feed)[0], two.run(None, feed)[0], rtol=1e-5, atol=1e-6
+        )
+
+
+def test_the_recipe_keeps_integers() -> None:
+    recipe = load_recipe("int4-accurate")
+    fine, coarse = (dict(recipe.options[p]) for p in ("reconstruct_weights", "quantize_weights"))
+    coarse.pop("range")
+    assert {k: coarse[k] for k in coarse} == {k: v for k, v in fine.items() if k in coarse}
+    for field in ("smallest", "recurrent_group", "wide_share", "encoding", "levels", "group_size"):
+        assert ReconstructWeights.__dataclass_fields__[field].default == (
+            QuantizeWeights.__dataclass_fields__[field].default
+        )
+
+
+def test_a_layer_that_does_not_gain_is_rounded_to_nearest() -> None:
+    """The samples that judge have other correlations than those that were fitted to."""
+    before = model(*CASES["MatMul"])
+    rng = np.random.default_rng(0)
+    one = rng.normal(size=(12, 20, 2)) @ rng.normal(size=(2, 32))
+    other = rng.normal(size=(4, 20, 32))
+    feeds = [{"x": v.astype(np.float32)} for v in (*one, *other)]
+    samples, options = open_samples(feeds, before), SCHEMES["int4"]
+    after, plain = before.copy(), before.copy()
+    notes = ReconstructWeights(samples=samples, damping=0.0, range="mse", **options)(after)
+    assert [note.text.endswith(": undone") for note in notes] == [True]
+    QuantizeWeights(**options)(after)
+    QuantizeWeights(range="mse", **options)(plain)
+    assert closeness(plain, after, samples) == np.inf
+
+
+def test_later_layers_see_the_errors_of_earlier_ones() -> None:
+    before = model(*CASES["chain"])
+    samples = correlated(before)
+    seen = {}
+    for rounds in (1, 12):
+        after = before.copy()
+        options = replace(ReconstructWeights(samples=samples, **SCHEMES["int2"]), rounds=rounds)
+        options(after)
+        grids = [remembered(node.inputs[1]) for node in after.nodes("MatMul")]
+        assert all(grid is not None for grid in grids)
+        seen[rounds] = [grid.numbers.astype(int) for grid in grids if grid is not None]
+    np.testing.assert_array_equal(seen[1][0], seen[12][0])
+    assert (seen[1][1] != seen[12][1]).any()
+
+
+def test_depths_and_rounds() -> None:
+    found = model(
+        "h = MatMul(x, m) r = Relu(h) a = MatMul(r, m2) b = MatMul(r, m2) y = Add(a, b)", ROWS, OUT
+    )
+    depth = depths(found, found.nodes("MatMul"))
+    assert [depth[id(node)] for node in found.nodes("MatMul")] == [0, 1, 1]
+    items = [(0, 5, "a"), (2, 5, "d"), (1, 5, "b"), (1, 5, "c"), (3, 50, "e")]
+    assert list(in_rounds(items, 1, 100)) == [["a", "b", "c", "d", "e"]]
+    assert list(in_rounds(items, 2, 100)) == [["a", "b", "c"], ["d", "e"]]
+    assert list(in_rounds(items, 9, 100)) == [["a"], ["b", "c"], ["d"], ["e"]]
+    assert list(in_rounds(items, 1, 12)) == [["a", "b"], ["c", "d"], ["e"]]
+    assert list(in_rounds([], 3, 12)) == []
+
+
+def test_few_samples_judge_themselves() -> None:
+    before = model(*CASES["MatMul"])
+    node = before.nodes("MatMul")[0]
+    layer = Layer.of(before, node, list(held_by(node))[1])
+    seen = observed_products(before, [layer], correlated(before, 3))[id(node), 1]
+    np.testing.assert_array_equal(seen.fitted, seen.judging)
+    seen = observed_products(before, [layer], correlated(before, 8))[id(node), 1]
+    assert not np.array_equal(seen.fitted, seen.judging)
+
+
+def test_one_weight_of_two_layers() -> None:
+    body = "h = MatMul(x, m) k = Neg(x) g = MatMul(k, m) y = Concat<axis = 0>(h, g)"
+    before = model(body, ROWS, OUT)
+    samples = correlated(before)
+    after = before.copy()
+    assert [n.changed for n in ReconstructWeights(samples=samples, **SCHEMES["int4"])(after)] == [
+        True
+    ]
+    first, second = after.nodes("MatMul")
+    assert first.inputs[1] is second.inputs[1]
+    assert first.inputs[1].name == "m"
+    assert closeness(before, after, samples) > 15
+
+
+IF = (
+    "t = Constant<value_int = 1>() c = Cast<to = 9>(t) y = If(c) <then_branch = p () => "
+    "(float[20, 48] u) { e = Neg(x) u = MatMul(e, m) }, else_branch = q () => (float[20, 48] v) "
+    "{ h = MatMul(x, m2) v = Neg(h) }>"
+)
+DECLINES = [
+    pytest.param("y = Gather(table, x)", "int64[1, 7] x", "a table", id="table"),
+    pytest.param(IF.replace("m2", "m"), ROWS, "other readers|body", id="body"),
+    pytest.param("y = MatMul(x, stack)", "float[2, 20, 32] x", "a stack of 2", id="stack"),
+    pytest.param(
+        "h = MatMul(x, m) g = MatMul(m, mt) k = MatMul(x, g) y = Concat<axis = 1>(h, k)", ROWS,
+        "other readers|not a float activation", id="constants",
+    ),
+    pytest.param("z = Sub(x, x) y = MatMul(z, m)", ROWS, "inputs are zeros", id="zeros"),
+    pytest.param("z = Log(x) y = MatMul(z, m)", ROWS, "NaN or infinite", id="nonfinite"),
+    pytest.param(
+        "h = MatMul(x, m) g = Transpose(m) k = Transpose(h) y = MatMul(h, g)", ROWS,
+        "other readers", id="transposed",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("body", "inputs", "why"), DECLINES)
+def test_declines(body: str, inputs: str, why: str) -> None:
+    before = model(
+        body, inputs, OUT if "stack" not in body and "table" not in body else "float[a, b, c] y"
+    )
+    samples = (
+        open_samples([{"x": np.arange(7)[None]}], before) if "table" in body else correlated(before)
+    )
+    proto = before.to_proto()
+    notes = ReconstructWeights(samples=samples, **SCHEMES["int4"])(before)
+    assert notes
+    for note in notes:
+        assert not note.changed
+        assert any(part in note.text for part in why.split("|")), note.text
+    assert before.to_proto() == proto
+
+
+def test_memory_has_a_bound() -> None:
+    value = np.random.default_rng(0).normal(size=(4, 300)).astype(np.float32)
+    proto = parser.parse_model(
+        '<ir_version: 8, opset_import: ["": 21]> g (float[5, 300] x) => (float[5, 4] y) '
+        "{ y = Gemm<transB = 1>(x, w) }"
+    )
+    proto.graph.initializer.append(numpy_helper.from_array(value, "w"))
+    wide = Model.from_proto(proto)
+    notes = ReconstructWeights(samples=correlated(wide), memory_mb=1)(wide)
+    assert [n.text for n in notes] == ["its products take 2 MB: memory_mb allows 1"]
+
+
+def test_it_needs_real_samples() -> None:
+    before = model(*CASES["MatMul"])
+    with pytest.raises(DataError, match="give --data"):
+        ReconstructWeights(samples=correlated(before).take(0))(before)
+    notes = ReconstructWeights(samples=synthetic_samples(before, 8))(before)
+    assert [(n.changed, "synthetic" in n.text) for n in notes] == [(False, True)]
+
+
+OPTIONS = [({"damping": -1.0}, "damping"), ({"sweeps": -1}, "sweeps"), ({"rounds": 0}, "rounds"),
+           ({"memory_mb": 0}, "memory_mb"), ({"format": "int32"}, "int32"),
+           ({"layers": ("x=int3",)}, "int3")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "match"), OPTIONS)
+def test_options(options: Any, match: str) -> None:
+    samples = correlated(model(*CASES["MatMul"]), 2)
+    with pytest.raises((ValueError, Exception), match=match):
+        ReconstructWeights(samples=samples, **options)
