@@ -26,7 +26,7 @@ from onnxq.files import atomic_write
 from onnxq.instrument import Plan, Wanted, instrument, stride
 from onnxq.model import Model
 from onnxq.numerics import histograms
-from onnxq.statistics import Histogram, MinMax, Statistic, SumOfSquares
+from onnxq.statistics import ChannelExtremes, Histogram, MinMax, Statistic, SumOfSquares
 
 Feed = Mapping[str, NDArray[Any]]
 
@@ -44,8 +44,8 @@ def calibrate(
 ) -> dict[str, Statistic]:
     """Observe tensors over samples, those in bodies of If, Loop and Scan too.
 
-    wanted: tensor name -> `MinMax`, `Histogram` or `Squares(axis)`, whose result is a
-    `SumOfSquares`, and which bodies do not have. data: dicts of arrays by input name; shapes may
+    wanted: tensor name -> `MinMax`, `Histogram`, or, not in bodies, `Squares(axis)`, whose
+    result is a `SumOfSquares`, or `Extremes(axis)`: `ChannelExtremes`. data: dicts of arrays by input name; shapes may
     differ from sample to sample. One sample is in flight (with an executor: a bounded number of
     chunks), so memory does not depend on the number of samples. The result does not depend on how
     the samples are divided. progress is called with the number of samples that are done.
@@ -144,6 +144,8 @@ class Watch:
         for probe, tally in zip(self.plan.probes, self.tallies, strict=True):
             if probe.sums:
                 tally.see_sums(np.asarray(values[probe.source]))
+            elif probe.channels:
+                tally.see_channels(values[probe.lo], values[probe.hi])
             elif probe.lo:
                 lo, hi = float(values[probe.lo].min()), float(values[probe.hi].max())
                 if not np.isfinite(hi - lo):
@@ -176,8 +178,8 @@ class Watch:
     def statistics(self) -> dict[str, Statistic]:
         """Return what was observed so far."""
         return {
-            probe.tensor: tally.sums
-            if tally.sums is not None
+            probe.tensor: tally.by_axis
+            if tally.by_axis is not None
             else tally.histogram()
             if probe.histogram
             else tally.minmax()
@@ -196,12 +198,17 @@ class Tally:
     waiting: list[NDArray[np.uint16]] = field(default_factory=list)
     size: int = 0
     counted: histograms.Counts = histograms.NONE
-    sums: SumOfSquares | None = None
+    by_axis: Any = None  # SumOfSquares or ChannelExtremes
 
     def see_sums(self, sums: NDArray[Any]) -> None:
         """Add one sample's sums of squares."""
         new = SumOfSquares.of_sums(sums)
-        self.sums = new if self.sums is None else self.sums.merge(new)
+        self.by_axis = new if self.by_axis is None else self.by_axis.merge(new)
+
+    def see_channels(self, lo: NDArray[Any], hi: NDArray[Any]) -> None:
+        """Add one sample's extremes of channels."""
+        new = ChannelExtremes.of_extremes(lo, hi)
+        self.by_axis = new if self.by_axis is None else self.by_axis.merge(new)
 
     def extend(self, lo: float, hi: float) -> None:
         """Add one sample's extremes."""

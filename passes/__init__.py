@@ -39,6 +39,7 @@ from onnxq.passes.read_last_state import read_last_state
 from onnxq.passes.share_initializers import share_initializers
 from onnxq.passes.share_nodes import share_nodes
 from onnxq.passes.simplify_qdq import SimplifyQdq, simplify_qdq
+from onnxq.passes.smooth_activations import SmoothActivations
 from onnxq.passes.split_units import split_units
 from onnxq.passes.widen_channels import WidenChannels
 
@@ -93,6 +94,7 @@ PASSES: dict[str, Pass | type[Any]] = {
     "share_initializers": share_initializers,
     "share_nodes": share_nodes,
     "simplify_qdq": SimplifyQdq,
+    "smooth_activations": SmoothActivations,
     "split_units": split_units,
     "widen_channels": WidenChannels,
 }
@@ -109,6 +111,7 @@ __all__ = [
     "QuantizeWeights",
     "RaiseOpset",
     "SimplifyQdq",
+    "SmoothActivations",
     "WidenChannels",
     "cancel_transposes",
     "cleanup",
