@@ -44,11 +44,12 @@ def calibrate(
 ) -> dict[str, Statistic]:
     """Observe tensors over samples, those in bodies of If, Loop and Scan too.
 
-    wanted: tensor name -> `MinMax`, `Histogram`, or, not in bodies, `Squares(axis)`, whose
-    result is a `SumOfSquares`, or `Extremes(axis)`: `ChannelExtremes`. data: dicts of arrays by input name; shapes may
-    differ from sample to sample. One sample is in flight (with an executor: a bounded number of
-    chunks), so memory does not depend on the number of samples. The result does not depend on how
-    the samples are divided. progress is called with the number of samples that are done.
+    wanted: tensor name -> `MinMax`, `Histogram`, or, not in bodies, `Squares(axis)`, whose result
+    is a `SumOfSquares`, or `Extremes(axis)`: `ChannelExtremes`. data: dicts of arrays by input
+    name; shapes may differ from sample to sample. One sample is in flight (with an executor: a
+    bounded number of chunks), so memory does not depend on the number of samples. The result does
+    not depend on how the samples are divided. progress is called with the number of samples that
+    are done.
 
     Raises DataError for samples that do not fit, hold NaN or infinities, or when there are none;
     ModelError for a tensor that does not exist, is not float, or is in a loop inside of a loop. One

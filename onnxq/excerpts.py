@@ -22,8 +22,8 @@ from onnxq.data import Samples
 from onnxq.errors import DataError
 from onnxq.model import Model
 
-VALUES = 1 << 18  # of one tensor's excerpt, about
-ROWS = 512  # of one tensor's excerpt
+VALUES = 1 << 17  # of one tensor's excerpt, about
+ROWS = 256  # of one tensor's excerpt
 WINDOW = 24  # length of a window along each axis of space
 ROUND = 1 << 26  # values that one round fetches of a sample, unless one tensor has more
 RUNS = 8  # samples that are run

@@ -21,7 +21,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from onnxq.core import Skip
-from onnxq.model import Model, producer, values_of
+from onnxq.model import Model, producer
 from onnxq.packed import remembered
 from onnxq.passes.activations import is_part_of_activation
 from onnxq.passes.linear import LINEAR, Values, constant, only_reader, outputs_of, scaled
@@ -139,11 +139,9 @@ class Division:
         if is_constant(tensor):
             self._constant(node, index, _without_leading(factor))
             return
-        rank = len(tensor.shape or ())
-        part = factor.reshape(factor.shape[factor.ndim - rank :]) if _fits(factor, rank) else None
-        if part is None or any(
-            n != 1 and n != d for n, d in zip(part.shape, tensor.shape or (), strict=True)
-        ):
+        shape = list(tensor.shape or ())
+        part = factor[(0,) * max(0, factor.ndim - len(shape))]
+        if not _fits(factor, len(shape)) or not _is_fixed(part, shape):
             raise Skip(f"{tensor.name} is one value for several channels")
         self._follow(tensor, part, node)
 
@@ -209,11 +207,7 @@ class Division:
         """The inputs to go on at, for what commutes with the factor or moves data."""
         source = node.inputs[0] if node.inputs else tensor
         shape = list(source.shape or ())
-        if node.op in COMMUTING or (node.op == "Clip" and clamp_bounds(node) == (0.0, np.inf)):
-            yield source, factor
-        elif node.op in POOLS and prod(factor.shape[2:]) == 1:
-            yield source, factor
-        elif node.op == "Pad" and pads_zero(node) and _is_fixed(factor, shape):
+        if node.op in COMMUTING or _commutes(node, factor, shape):
             yield source, factor
         elif node.op in ("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin"):
             axes = axes_of(node)
@@ -270,6 +264,15 @@ def _vector(factor: Factor, axis: int) -> Factor:
     if factor.size != factor.shape[axis]:
         raise Skip("the factor differs along an axis that is not that of channels")
     return factor.reshape(-1)
+
+
+def _commutes(node: gs.Node, factor: Factor, shape: Sequence[int | str | None]) -> bool:
+    """Whether it does with a factor of this shape; shape: that of what it reads."""
+    if node.op == "Clip":
+        return clamp_bounds(node) == (0.0, np.inf)
+    if node.op in POOLS:
+        return prod(factor.shape[2:]) == 1
+    return node.op == "Pad" and pads_zero(node) and _is_fixed(factor, shape)
 
 
 def _is_fixed(factor: Factor, shape: Sequence[int | str | None]) -> bool:
@@ -334,6 +337,3 @@ def _whole(node: gs.Node, tensor: gs.Tensor, factor: Factor) -> Factor:
         ones = [size if i == axis else n for i, n in enumerate(factor.shape)]
         parts.append(factor if out is tensor else np.ones(ones))
     return np.concatenate(parts, axis)
-
-
-__all__ = ["Division", "Edit", "Factor", "along", "multiplied", "values_of"]

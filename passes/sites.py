@@ -68,7 +68,8 @@ class Site:
 
     def weight_maxima(self) -> NDArray[np.float64]:
         """The greatest magnitude of each input channel's weights, over all layers."""
-        return np.max([_channel_maxima(n, constant(n, 1), self.channels) for n in self.layers], 0)
+        maxima = [_channel_maxima(n, constant(n, 1), self.channels) for n in self.layers]
+        return np.asarray(np.max(maxima, 0))
 
 
 def find_sites(model: Model, wanted: Callable[[gs.Node], bool]) -> Iterator[Site]:

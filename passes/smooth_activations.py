@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Literal, cast
 
 import numpy as np
@@ -29,13 +30,14 @@ from onnxq.options import require_range
 from onnxq.passes.formats import formats_of, require_formats
 from onnxq.passes.rescaling import Factor
 from onnxq.passes.sites import Array, Site, Trial, divided, find_sites, told
-from onnxq.schemes import PerChannel, QuantScheme
 from onnxq.schemes import Method as WeightMethod
+from onnxq.schemes import PerChannel, QuantScheme
 from onnxq.statistics import ChannelExtremes, Extremes, Histogram, Method
 from onnxq.targets import Target
 
 NAME = "smooth_activations"
-ALPHAS = (0.35, 0.5, 0.65, 0.8, 0.95)
+ALPHAS = (0.4, 0.6, 0.8, 0.95)
+RUNS = 32  # samples at most that extremes are taken from, spread over all
 GAIN = 0.9  # of the error that may be left at most, or the layer stays as it was
 
 
@@ -121,7 +123,8 @@ class _Work:
         chosen, judged = divided(self.options.samples)
         axes = {site.tensor.name: site.axis for site in sites}
         wanted = {name: Extremes(axis) for name, axis in axes.items()}
-        seen = calibrate(self.model, wanted, chosen, progress=self.options.progress)
+        spread = islice(chosen, 0, None, -(-len(chosen) // RUNS))
+        seen = calibrate(self.model, wanted, spread, progress=self.options.progress)
         near, apart = (excerpts(self.model, axes, part) for part in (chosen, judged))
         notes = []
         for site in sites:
@@ -144,7 +147,7 @@ class _Work:
         apart: Excerpt,
         takes: Callable[[gs.Node], bool],
     ) -> str:
-        """Search a, judge, and edit. Raises Skip where it is not worth it."""
+        """Search a, judge, and edit; raises Skip where it is not worth it."""
         if seen.has_nonfinite or not near or not apart:
             raise Skip(f"{site.tensor.name} has values that are not finite")
         if seen.lo.size != site.channels:
@@ -159,6 +162,9 @@ class _Work:
         def error(a: float) -> float:
             return trial.error(factor_of(a), self._rounding(site, seen, near, factor_of(a)))
 
+        before, floor = trial.error(None, self._rounding(site, seen, near, None)), trial.error(None)
+        if options.alpha is None and GAIN * before < floor:
+            raise Skip(f"{told(before)}, {told(floor)} with exact inputs: they are not what costs")
         a = search(error, ALPHAS)[0] if options.alpha is None else options.alpha
         factor, trial = factor_of(a), self._trial(site, apart)
         before = trial.error(None, self._rounding(site, seen, near, None))

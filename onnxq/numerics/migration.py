@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 Factor = NDArray[np.float64]
 
 BOUND = 2.0**12  # of s and 1 / s: what float16 weights and subnormal products leave room for
-FINE = (-0.08, 0.08, -0.04, 0.04)
+FINE = (-0.07, 0.07)
 
 
 def smoothing(inputs: NDArray[np.floating], weights: NDArray[np.floating], a: float) -> Factor:
