@@ -63,6 +63,7 @@ class ScaleSalient:
     granularity: Literal["tensor", "channel", "group"] = "channel"
     group_size: int = 32
     symmetric: bool = True
+    levels: int | None = None
     range: Method = "minmax"
     smallest: int = 512
     layers: tuple[str, ...] = ()
@@ -82,8 +83,8 @@ class ScaleSalient:
         """The pass that will round the weights. Raises ValueError for options that it refuses."""
         return QuantizeWeights(
             format=self.format, granularity=self.granularity, group_size=self.group_size,
-            symmetric=self.symmetric, range=self.range, smallest=self.smallest,
-            layers=self.layers, target=self.target,
+            symmetric=self.symmetric, levels=self.levels, range=self.range,
+            smallest=self.smallest, layers=self.layers, target=self.target,
         )  # fmt: skip
 
     def __call__(self, model: Model, /) -> Sequence[Note]:
@@ -116,24 +117,25 @@ class _Work:
         chosen, judged = divided(self.options.samples)
         axes = {site.tensor.name: site.axis for site in sites}
         near, apart = (excerpts(self.model, axes, part) for part in (chosen, judged))
-        for site in sites:
-            name = site.tensor.name
-            if not near[name] or not apart[name]:
-                self._tell(site.layers[0], f"{name} has values that are not finite", changed=False)
-                continue
-            factor = np.ones(site.channels)
-            try:
-                text, factor = self._scaled(site, near[name], apart[name])
-            except Skip as reason:
-                self._tell(site.layers[0], str(reason), changed=False)
-            else:
-                self._tell(site.layers[0], text)
-            if self.options.clip:
-                self._narrow(site, factor, near[name], apart[name])
+        usable = [s for s in sites if near[s.tensor.name] and apart[s.tensor.name]]
+        factors = [self._factor(s, near[s.tensor.name], apart[s.tensor.name]) for s in usable]
+        if self.options.clip:  # a layer may be the producer of another's input: integers come last
+            for site, factor in zip(usable, factors, strict=True):
+                self._narrow(site, factor, near[site.tensor.name], apart[site.tensor.name])
         return self.notes
 
     def _tell(self, node: gs.Node, text: str, *, changed: bool = True) -> None:
         self.notes.append(Note(NAME, node.name, text, changed=changed))
+
+    def _factor(self, site: Site, near: Excerpt, apart: Excerpt) -> Factor:
+        """The factor that the site's tensor was divided by: ones where it is as it was."""
+        try:
+            text, factor = self._scaled(site, near, apart)
+        except Skip as reason:
+            self._tell(site.layers[0], str(reason), changed=False)
+            return np.ones(site.channels)
+        self._tell(site.layers[0], text)
+        return factor
 
     def _scaled(self, site: Site, near: Excerpt, apart: Excerpt) -> tuple[str, Factor]:
         """Search a, judge, and edit; raises Skip where it is not worth it."""
