@@ -26,7 +26,15 @@ from onnxq.files import atomic_write
 from onnxq.instrument import Plan, Wanted, instrument, stride
 from onnxq.model import Model
 from onnxq.numerics import histograms
-from onnxq.statistics import ChannelExtremes, Histogram, MinMax, Statistic, SumOfSquares
+from onnxq.statistics import (
+    ChannelExtremes,
+    Gram,
+    Histogram,
+    MinMax,
+    Products,
+    Statistic,
+    SumOfSquares,
+)
 
 Feed = Mapping[str, NDArray[Any]]
 
@@ -44,12 +52,12 @@ def calibrate(
 ) -> dict[str, Statistic]:
     """Observe tensors over samples, those in bodies of If, Loop and Scan too.
 
-    wanted: tensor name -> `MinMax`, `Histogram`, or, not in bodies, `Squares(axis)`, whose result
-    is a `SumOfSquares`, or `Extremes(axis)`: `ChannelExtremes`. data: dicts of arrays by input
-    name; shapes may differ from sample to sample. One sample is in flight (with an executor: a
-    bounded number of chunks), so memory does not depend on the number of samples. The result does
-    not depend on how the samples are divided. progress is called with the number of samples that
-    are done.
+    wanted: tensor name -> `MinMax`, `Histogram`, `Squares(axis)`, whose result is a `SumOfSquares`,
+    or `Extremes(axis)`: `ChannelExtremes`; or any key -> `Products(tensor, ...)`, whose result is a
+    `Gram`. Bodies do not have the last three. data: dicts of arrays by input name; shapes may
+    differ from sample to sample. One sample is in flight (with an executor: a bounded number of
+    chunks), so memory does not depend on the number of samples. The result does not depend on how
+    the samples are divided. progress is called with the number of samples that are done.
 
     Raises DataError for samples that do not fit, hold NaN or infinities, or when there are none;
     ModelError for a tensor that does not exist, is not float, or is in a loop inside of a loop. One
@@ -128,7 +136,8 @@ class Watch:
     second: Any = None
 
     def __post_init__(self) -> None:
-        self.names = [name for probe in self.plan.probes for name in probe.fetched]
+        every = (name for probe in self.plan.probes for name in probe.fetched)
+        self.names = list(dict.fromkeys(every))
         self.tallies = [Tally() for _ in self.plan.probes]
 
     def see(self, index: int, feed: Feed) -> None:
@@ -143,7 +152,10 @@ class Watch:
         )
         late = []
         for probe, tally in zip(self.plan.probes, self.tallies, strict=True):
-            if probe.sums:
+            if probe.products is not None:
+                source = feed[probe.source] if probe.is_input else values[probe.source]
+                tally.see_products(np.asarray(source), probe.products, index, offset)
+            elif probe.sums:
                 tally.see_sums(np.asarray(values[probe.source]))
             elif probe.channels:
                 tally.see_channels(values[probe.lo], values[probe.hi])
@@ -179,7 +191,9 @@ class Watch:
     def statistics(self) -> dict[str, Statistic]:
         """Return what was observed so far."""
         return {
-            probe.tensor: tally.by_axis
+            probe.tensor: tally.gram or Gram(np.zeros((1, 0, 0)))
+            if probe.products is not None
+            else tally.by_axis
             if tally.by_axis is not None
             else tally.histogram()
             if probe.histogram
@@ -200,6 +214,13 @@ class Tally:
     size: int = 0
     counted: histograms.Counts = histograms.NONE
     by_axis: Any = None  # SumOfSquares or ChannelExtremes
+    gram: Gram | None = None
+
+    def see_products(self, whole: NDArray[Any], wish: Products, index: int, offset: int) -> None:
+        """Add one sample's vectors, if it counts."""
+        if wish.has(index):
+            new = wish.of(whole, offset)
+            self.gram = new if self.gram is None else self.gram.merge(new)
 
     def see_sums(self, sums: NDArray[Any]) -> None:
         """Add one sample's sums of squares."""

@@ -9,7 +9,8 @@ It starts at another offset for each sample (a Weyl sequence over the sample's n
 positions are seen over the samples, wherever a sample is run.
 
 Sums of squares of each index of an axis (`Squares`), and its extremes (`Extremes`), are made in the
-graph as well.
+graph as well. Tensors whose vectors' products are summed (`Products`) are fetched whole: a graph
+has no BLAS for patches.
 
 Tensors in the bodies of If, Loop and Scan are logged in rows (`onnxq.bodies`).
 """
@@ -29,7 +30,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxq import bodies
 from onnxq.errors import ModelError
 from onnxq.model import Model
-from onnxq.statistics import Extremes, Histogram, MinMax, Squares, Statistic
+from onnxq.statistics import Extremes, Histogram, MinMax, Products, Squares, Statistic
 from onnxq.weights import data_type_of
 
 Feed = Mapping[str, NDArray[Any]]
@@ -37,7 +38,7 @@ Feed = Mapping[str, NDArray[Any]]
 SAMPLE = 2048  # values of a tensor that one sample adds to its histogram
 WHOLE = 1 << 17  # values up to which a tensor is fetched (measured: bench_calibration.py)
 ROWS = 32  # rows that a reduction in the graph leaves, about
-Wanted = Mapping[str, "type[Statistic] | Squares | Extremes"]
+Wanted = Mapping[str, "type[Statistic] | Squares | Extremes | Products"]
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
 
 
@@ -46,7 +47,8 @@ class Probe:
     """How one tensor is observed: `source` whole (`is_input`: in the feed), or what is made.
 
     is_log: `source` is rows of extremes and values, float32 [runs, bodies.ROW]. sums: `source` is
-    sums of squares. channels: `lo` and `hi` are those of channels.
+    sums of squares. channels: `lo` and `hi` are those of channels. products: what is made of it
+    whole.
     """
 
     tensor: str
@@ -55,6 +57,7 @@ class Probe:
     is_input: bool = False
     is_log: bool = False
     sums: bool = False
+    products: Products | None = None
     channels: bool = False
     lo: str = ""
     hi: str = ""
@@ -114,10 +117,12 @@ def instrument(model: Model, wanted: Wanted, first: Feed) -> tuple[onnx.ModelPro
     graph.ClearField("output")
     extra, log = Observations(graph, opset), bodies.Log()
     probes = []
-    for tensor, statistic in wanted.items():
-        by_axis = isinstance(statistic, Squares | Extremes)
-        if statistic not in (MinMax, Histogram) and not by_axis:
-            raise TypeError(f"cannot calibrate {statistic}: MinMax, Histogram, Squares or Extremes")
+    for key, statistic in wanted.items():
+        wished = isinstance(statistic, Squares | Extremes | Products)
+        if statistic not in (MinMax, Histogram) and not wished:
+            choice = "MinMax, Histogram, Squares, Extremes or Products"
+            raise TypeError(f"cannot calibrate {statistic}: {choice}")
+        tensor = statistic.tensor if isinstance(statistic, Products) else key
         if tensor not in inputs and tensor not in made and tensor not in inside:
             raise ModelError(f"there is no activation {tensor!r} to calibrate")
         kind = types[tensor].elem_type if tensor in types else 0
@@ -131,6 +136,12 @@ def instrument(model: Model, wanted: Wanted, first: Feed) -> tuple[onnx.ModelPro
             rank = len(shapes.get(tensor) or _dims(types[tensor]) or ())
             add = extra.squares if isinstance(statistic, Squares) else extra.extremes
             probes.append(add(tensor, kind, rank, statistic.axis))
+        elif isinstance(statistic, Products):
+            if tensor in inside:
+                raise ModelError(f"cannot calibrate {tensor!r}: no sums of products in bodies")
+            if tensor not in inputs:
+                extra.output(tensor)
+            probes.append(Probe(key, False, tensor, tensor in inputs, products=statistic))
         elif tensor in inputs:
             probes.append(Probe(tensor, histogram, tensor, is_input=True))
         elif tensor in made:
@@ -271,5 +282,6 @@ class Observations:
         return self.constants[values]
 
     def output(self, name: str) -> None:
-        """Make a tensor an output of the graph; onnxruntime infers its type."""
-        self.graph.output.append(onnx.ValueInfoProto(name=name))
+        """Make a tensor an output of the graph, once; onnxruntime infers its type."""
+        if all(output.name != name for output in self.graph.output):
+            self.graph.output.append(onnx.ValueInfoProto(name=name))

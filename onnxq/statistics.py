@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxq.numerics import histograms, ranges
+from onnxq.numerics.patches import Lay, Patches
 
 Method = Literal["minmax", "percentile", "entropy", "mse", "careful"]
 
@@ -188,6 +189,63 @@ class SumOfSquares:
         powers = [LEAST_BIT + LIMB_BITS * i for i in range(LIMBS)]
         parts = np.ldexp(self.limbs.astype(np.float64), np.array(powers)[:, None])
         return np.asarray(parts.sum(0))
+
+
+@dataclass(frozen=True, slots=True)
+class Products:
+    """The wish for a `Gram` of the vectors that a layer makes of a tensor.
+
+    limit: how many vectors of a sample are looked at, at most. start, stop: the samples that count,
+    by number.
+    """
+
+    tensor: str
+    lay: Lay
+    limit: int = 1024
+    start: int = 0
+    stop: int | None = None
+
+    def has(self, index: int) -> bool:
+        """Whether the sample counts."""
+        return index >= self.start and (self.stop is None or index < self.stop)
+
+    def of(self, x: NDArray[Any], offset: int) -> Gram:
+        """Of one sample's whole tensor; offset: which of its vectors, where there are many."""
+        vectors, share = self.lay.of(x, self.limit, offset)
+        if not np.isfinite(vectors).all():
+            return Gram(np.zeros((len(vectors), *vectors.shape[2:] * 2)), 1, True)
+        sums = (vectors.swapaxes(1, 2) @ vectors).astype(np.float64) * share
+        return Gram(sums, 1)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Gram:
+    """Sums of x x^T over the vectors x that a layer multiplies its weight with.
+
+    sums: float64 [blocks, K, K]; products of one sample are added in float32. Of samples that have
+    NaN or infinities in them nothing is added.
+    """
+
+    sums: NDArray[np.float64]
+    count: int = 0
+    has_nonfinite: bool = False
+
+    def merge(self, other: Gram) -> Gram:
+        """Return the sums over both sets of samples; to the last digits the order matters.
+
+        Raises ValueError when the vectors are of another length there.
+        """
+        if self.sums.shape != other.sums.shape:
+            raise ValueError(f"a gram of shape {self.sums.shape} beside {other.sums.shape}")
+        return Gram(
+            self.sums + other.sums,
+            self.count + other.count,
+            self.has_nonfinite or other.has_nonfinite,
+        )
+
+    def whole(self, lay: Lay) -> NDArray[np.float64]:
+        """The sums as the weight's rows have them."""
+        return lay.assembled(self.sums) if isinstance(lay, Patches) else self.sums
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,6 +36,7 @@ from onnxq.passes.quantize_static import QuantizeStatic
 from onnxq.passes.quantize_weights import QuantizeWeights
 from onnxq.passes.raise_opset import RaiseOpset
 from onnxq.passes.read_last_state import read_last_state
+from onnxq.passes.reconstruct_weights import ReconstructWeights
 from onnxq.passes.scale_salient import ScaleSalient
 from onnxq.passes.share_initializers import share_initializers
 from onnxq.passes.share_nodes import share_nodes
@@ -92,6 +93,7 @@ PASSES: dict[str, Pass | type[Any]] = {
     "quantize_weights": QuantizeWeights,
     "raise_opset": RaiseOpset,
     "read_last_state": read_last_state,
+    "reconstruct_weights": ReconstructWeights,
     "scale_salient": ScaleSalient,
     "share_initializers": share_initializers,
     "share_nodes": share_nodes,
@@ -112,6 +114,7 @@ __all__ = [
     "QuantizeStatic",
     "QuantizeWeights",
     "RaiseOpset",
+    "ReconstructWeights",
     "ScaleSalient",
     "SimplifyQdq",
     "SmoothActivations",

@@ -26,12 +26,12 @@ from onnxq.excerpts import Excerpt, excerpts
 from onnxq.model import Model
 from onnxq.numerics.migration import salience, search
 from onnxq.numerics.shrinking import Affine, grams, shrunk
-from onnxq.packed import Grid, Recovered
+from onnxq.packed import Grid, Recovered, remembered
 from onnxq.passes.layouts import Held
 from onnxq.passes.linear import constant
-from onnxq.passes.quantize_weights import QuantizeWeights
 from onnxq.passes.rescaling import Factor
 from onnxq.passes.sites import Array, Site, Trial, divided, find_sites, told
+from onnxq.passes.weight_plans import WeightPlan
 from onnxq.passes.weight_storage import Found, find_weights
 from onnxq.schemes import (
     Method,
@@ -46,7 +46,7 @@ from onnxq.weights import Weight
 
 NAME = "scale_salient"
 POWERS = (0.15, 0.3, 0.45, 0.6, 0.8)
-GAIN = 0.98  # of the error that may be left at most, or the layer stays as it was
+GAIN = 0.85  # of the error that may be left at most, or the layer stays as it was
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ class ScaleSalient:
     target: Target | None = None
 
     def __post_init__(self) -> None:
-        _ = self.rounding
+        _ = self.plan
 
     @property
     def name(self) -> str:
@@ -79,12 +79,11 @@ class ScaleSalient:
         return NAME
 
     @property
-    def rounding(self) -> QuantizeWeights:
-        """The pass that will round the weights. Raises ValueError for options that it refuses."""
-        return QuantizeWeights(
-            format=self.format, granularity=self.granularity, group_size=self.group_size,
-            symmetric=self.symmetric, levels=self.levels, range=self.range,
-            smallest=self.smallest, layers=self.layers, target=self.target,
+    def plan(self) -> WeightPlan:
+        """What decides about formats. Raises ValueError for those that the target cannot run."""
+        return WeightPlan(
+            self.format, self.granularity, self.group_size, self.symmetric, self.levels,
+            "storage", self.smallest, 0, 0.0, self.layers, self.target,
         )  # fmt: skip
 
     def __call__(self, model: Model, /) -> Sequence[Note]:
@@ -107,9 +106,9 @@ class _Work:
 
     def __init__(self, options: ScaleSalient, model: Model, weights: Mapping[int, Found]) -> None:
         self.options, self.model, self.weights = options, model, weights
-        rounding = options.rounding
+        plan = options.plan
         self.schemes: dict[int, QuantScheme] = {
-            key: rounding.scheme(w.node, w.held, w.choice) for key, w in weights.items()
+            key: plan.scheme(w.node, w.held, w.choice) for key, w in weights.items()
         }
         self.notes: list[Note] = []
 
@@ -117,6 +116,10 @@ class _Work:
         chosen, judged = divided(self.options.samples)
         axes = {site.tensor.name: site.axis for site in sites}
         near, apart = (excerpts(self.model, axes, part) for part in (chosen, judged))
+        for site in sites:
+            if not near[site.tensor.name] or not apart[site.tensor.name]:
+                why = f"{site.tensor.name} has values that are not finite"
+                self._tell(site.layers[0], why, changed=False)
         usable = [s for s in sites if near[s.tensor.name] and apart[s.tensor.name]]
         factors = [self._factor(s, near[s.tensor.name], apart[s.tensor.name]) for s in usable]
         if self.options.clip:  # a layer may be the producer of another's input: integers come last
@@ -163,7 +166,10 @@ class _Work:
     def _narrow(self, site: Site, factor: Factor, near: Excerpt, apart: Excerpt) -> None:
         """Search ranges for each layer of the site, judge, and give it its integers."""
         for node in site.layers:
-            if node.op not in ("MatMul", "Gemm") or len(node.inputs[1].outputs) > 1:
+            tensor = node.inputs[1]
+            if node.op not in ("MatMul", "Gemm") or len(tensor.outputs) > 1:
+                continue
+            if remembered(tensor) is not None:
                 continue
             weight = self.weights[id(node)]
             scheme, held = self.schemes[id(node)], weight.held

@@ -180,7 +180,7 @@ def test_formats_are_unpacked_at_load_and_exact(
             weight = node.inputs[held.index]
             if not isinstance(weight, gs.Constant) or prod(held.shape) < 512:
                 continue
-            scheme = evened(pass_.scheme(node, held, None), held)
+            scheme = evened(pass_.plan.scheme(node, held, None), held)
             method, seed = pass_.range, pass_.seed
             rows = held.rows(weight.values)
             if pass_.rounding == "stochastic":

@@ -35,12 +35,12 @@ SHAPES = {
     "wt": (16, 8, 3, 3), "wtp": (16, 8, 3, 3), "wt0": (16, 16, 1, 1), "mean": (16,), "one16": (16,),
     "low8": (16, 8), "low8b": (16, 8),
 }  # fmt: skip
-LARGE = {  # where channels 2 and 9 are in what makes them ...
+LARGE: dict[str, Any] = {  # where channels 2 and 9 are in what makes them ...
     "g": np.s_[[2, 9]], "b": np.s_[[2, 9]], "c": np.s_[[2, 9]], "w": np.s_[[2, 9]],
     "first": np.s_[:, [2, 9]], "firstt": np.s_[[2, 9]], "table": np.s_[:, [2, 9]],
     "wide": np.s_[:, [34, 41]], "wt0": np.s_[:, [2, 9]], "low8": np.s_[:, 2], "low8b": np.s_[:, 1],
 }  # fmt: skip
-SMALL = {  # ... and in what reads them
+SMALL: dict[str, Any] = {  # ... and in what reads them
     "m": np.s_[[2, 9]], "k": np.s_[[2, 9]], "v": np.s_[[2, 9]], "mt": np.s_[:, [2, 9]],
     "w2": np.s_[:, [2, 9]], "wd": np.s_[[2, 9]], "wt": np.s_[[2, 9]],
 }  # fmt: skip
