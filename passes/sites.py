@@ -36,13 +36,22 @@ HELD_OUT = 4  # of so many samples one is held out, the last ones
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Site:
-    """A tensor with `channels` along `axis`, and all the linear layers that read it."""
+    """A tensor with `channels` along `axis`, and all the linear layers that read it.
+
+    elsewhere: what else reads it; unfit: why the layers' weights are not to be edited.
+    """
 
     tensor: gs.Tensor
     axis: int
     channels: int
     layers: tuple[gs.Node, ...]
     elsewhere: str = ""
+    unfit: str = ""
+
+    @property
+    def is_multiplicable(self) -> bool:
+        """Whether the layers' weights may be edited, whatever else reads the tensor."""
+        return not self.unfit
 
     @property
     def name(self) -> str:
@@ -53,11 +62,19 @@ class Site:
         self, model: Model, factor: Factor, takes: Callable[[gs.Node], bool] = lambda _: True
     ) -> Division:
         """How the tensor is divided by [channels] where it is made. Raises Skip where not."""
-        if self.elsewhere:
-            raise Skip(self.elsewhere)
+        if self.elsewhere or self.unfit:
+            raise Skip(self.unfit or self.elsewhere)
         plan = Division(model, takes)
         plan.divide(self.tensor, along(factor, self.axis, len(self.tensor.shape)))
         return plan
+
+    def insert(self, model: Model, factor: Factor) -> None:
+        """Divide the tensor in a node of its own, for the layers alone."""
+        tensor, shape = self.tensor, along(1 / factor, self.axis, len(self.tensor.shape))
+        inverse = model.constant(f"{tensor.name}_inverse", shape.astype(tensor.dtype))
+        divided = model.emit("Mul", tensor, inverse, name=f"{tensor.name}_smoothed", like=tensor)
+        for node in self.layers:
+            node.inputs[0] = divided
 
     def multiply(self, model: Model, factor: Factor) -> None:
         """Multiply the layers' weights, input channel by input channel."""
@@ -96,7 +113,7 @@ def find_sites(model: Model, wanted: Callable[[gs.Node], bool]) -> Iterator[Site
         else:
             found[id(tensor)] = Site(tensor, axis, channels, (node,))
     for site in found.values():
-        yield replace(site, elsewhere=_elsewhere(model, site))
+        yield replace(site, elsewhere=_elsewhere(model, site), unfit=_unfit(site))
 
 
 def _elsewhere(model: Model, site: Site) -> str:
@@ -107,6 +124,11 @@ def _elsewhere(model: Model, site: Site) -> str:
     for node in site.tensor.outputs:
         if id(node) not in layers or node.inputs[1] is site.tensor:
             return f"{site.tensor.name} is also read by {node.op} {node.name}"
+    return ""
+
+
+def _unfit(site: Site) -> str:
+    """Why the weights of the layers are not to be edited; empty: they may be."""
     for node in site.layers:
         if len(node.inputs[1].outputs) > 1:
             return f"{node.inputs[1].name} is also used elsewhere"

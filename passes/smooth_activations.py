@@ -39,6 +39,7 @@ NAME = "smooth_activations"
 ALPHAS = (0.4, 0.6, 0.8, 0.95)
 RUNS = 32  # samples at most that extremes are taken from, spread over all
 GAIN = 0.9  # of the error that may be left at most, or the layer stays as it was
+GAIN_OF_NODE = 0.5  # the same where a node is added
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,7 @@ class SmoothActivations:
 
     For each tensor that layers read, a is searched by the error of their results on excerpts of
     three quarters of the samples; the rest judges whether the factor stays. alpha: no search.
+    insert: where nothing takes the division in, a Mul is added if it brings 3 dB or more.
     """
 
     target: Target
@@ -58,6 +60,7 @@ class SmoothActivations:
     range: Method = "minmax"
     weight_range: WeightMethod = "minmax"
     alpha: float | None = None
+    insert: bool = False
     layers: tuple[str, ...] = ()
     progress: Callable[[int], None] | None = field(default=None, repr=False, compare=False)
 
@@ -97,7 +100,10 @@ class SmoothActivations:
             try:
                 site.division(model, np.arange(2.0, site.channels + 2), takes)
             except Skip as reason:
-                notes.append(Note(NAME, site.name, str(reason), changed=False))
+                if self.insert and site.is_multiplicable:
+                    sites.append(site)
+                else:
+                    notes.append(Note(NAME, site.name, str(reason), changed=False))
             else:
                 sites.append(site)
         if sites:
@@ -172,8 +178,13 @@ class _Work:
         text = f"{told(before)} -> {told(after)} on held-out samples"
         if not after < GAIN * before:
             raise Skip(f"alpha {a:g}: {text}: left as it was")
-        division = site.division(self.model, factor, takes)
-        division.apply()
+        try:
+            site.division(self.model, factor, takes).apply()
+        except Skip as reason:
+            if not after < GAIN_OF_NODE * before:
+                raise Skip(f"alpha {a:g}: {text}: not worth a Mul; {reason}") from reason
+            site.insert(self.model, factor)
+            text = f"{text}, by a Mul: {reason}"
         site.multiply(self.model, factor)
         return f"alpha {a:g}: {text}"
 

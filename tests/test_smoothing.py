@@ -294,3 +294,20 @@ def test_factors_are_those_of_the_paper() -> None:
     a, error = search(lambda a: (a - 0.66) ** 2, (0.2, 0.6))
     assert a == 0.67
     assert error == pytest.approx(1e-4)
+
+
+def test_a_node_is_added_only_when_asked_for() -> None:
+    proto = graph(
+        f"{LN} h = MatMul(n, m) z = Neg(n) y = Tanh(h)", ROWS_IN, f"{Y3}, float[d, e, f] z"
+    )
+    samples = drawn(proto)
+    assert not any(n.changed for n in SmoothActivations(TARGET, samples)(Model.from_proto(proto)))
+    pass_ = SmoothActivations(TARGET, samples, insert=True)
+    model = Model.from_proto(proto)
+    (note,) = pass_(model)
+    assert "by a Mul: n is also read by Neg" in note.text
+    assert [node.op for node in model.nodes()].count("Mul") == 1
+    feed = next(iter(samples))
+    one, two = (runtime.session(m, optimize="off").run(None, feed) for m in (proto, model))
+    np.testing.assert_allclose(two[0], one[0], rtol=2e-3, atol=2e-3)
+    np.testing.assert_array_equal(two[1], one[1])
