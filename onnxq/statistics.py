@@ -290,6 +290,71 @@ class GramTally:
         self.waiting, self.size = [], 0
 
 
+@dataclass(frozen=True, slots=True)
+class Extremes:
+    """The wish for `ChannelExtremes` along an axis of a tensor."""
+
+    axis: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ChannelExtremes:
+    """Least and greatest value of each index of a tensor's axis: `lo` and `hi`, float32 [n].
+
+    With has_nonfinite they are those of other samples, or inf and -inf.
+    """
+
+    lo: NDArray[np.float32]
+    hi: NDArray[np.float32]
+    count: int = 0
+    has_nonfinite: bool = False
+
+    @classmethod
+    def of_extremes(cls, lo: NDArray[Any], hi: NDArray[Any]) -> ChannelExtremes:
+        """Of one sample's extremes, both [n]."""
+        low, high = np.asarray(lo, np.float32), np.asarray(hi, np.float32)
+        if np.isfinite(low).all() and np.isfinite(high).all():
+            return cls(low, high, 1)
+        none = np.full(low.shape, np.inf, np.float32)
+        return cls(none, -none, 1, True)
+
+    @classmethod
+    def of(cls, x: NDArray[Any], axis: int) -> ChannelExtremes:
+        """Of one sample's whole tensor."""
+        rows = np.moveaxis(np.asarray(x), axis, -1)
+        others = tuple(range(rows.ndim - 1))
+        return cls.of_extremes(rows.min(others), rows.max(others))
+
+    def merge(self, other: ChannelExtremes) -> ChannelExtremes:
+        """Return the extremes over both sets of samples.
+
+        Raises ValueError when the axis is of another length there.
+        """
+        if self.lo.shape != other.lo.shape:
+            raise ValueError(f"{self.lo.size} channels beside {other.lo.size}")
+        return ChannelExtremes(
+            np.minimum(self.lo, other.lo),
+            np.maximum(self.hi, other.hi),
+            self.count + other.count,
+            self.has_nonfinite or other.has_nonfinite,
+        )
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, ChannelExtremes)
+            and (self.count, self.has_nonfinite) == (other.count, other.has_nonfinite)
+            and np.array_equal(self.lo, other.lo)
+            and np.array_equal(self.hi, other.hi)
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def absmax(self) -> NDArray[np.float32]:
+        """The greatest magnitude of each channel."""
+        return np.maximum(self.hi, -self.lo)
+
+
 def extremes(x: NDArray[Any]) -> tuple[float, float, bool]:
     """Least and greatest finite value (inf, -inf if none), and whether NaN or infinities occur."""
     values = np.asarray(x)

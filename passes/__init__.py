@@ -37,9 +37,11 @@ from onnxq.passes.quantize_weights import QuantizeWeights
 from onnxq.passes.raise_opset import RaiseOpset
 from onnxq.passes.read_last_state import read_last_state
 from onnxq.passes.reconstruct_weights import ReconstructWeights
+from onnxq.passes.scale_salient import ScaleSalient
 from onnxq.passes.share_initializers import share_initializers
 from onnxq.passes.share_nodes import share_nodes
 from onnxq.passes.simplify_qdq import SimplifyQdq, simplify_qdq
+from onnxq.passes.smooth_activations import SmoothActivations
 from onnxq.passes.split_units import split_units
 from onnxq.passes.widen_channels import WidenChannels
 
@@ -92,9 +94,11 @@ PASSES: dict[str, Pass | type[Any]] = {
     "raise_opset": RaiseOpset,
     "read_last_state": read_last_state,
     "reconstruct_weights": ReconstructWeights,
+    "scale_salient": ScaleSalient,
     "share_initializers": share_initializers,
     "share_nodes": share_nodes,
     "simplify_qdq": SimplifyQdq,
+    "smooth_activations": SmoothActivations,
     "split_units": split_units,
     "widen_channels": WidenChannels,
 }
@@ -111,7 +115,9 @@ __all__ = [
     "QuantizeWeights",
     "RaiseOpset",
     "ReconstructWeights",
+    "ScaleSalient",
     "SimplifyQdq",
+    "SmoothActivations",
     "WidenChannels",
     "cancel_transposes",
     "cleanup",

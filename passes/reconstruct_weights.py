@@ -189,7 +189,7 @@ class _Work:
         assert not isinstance(judging, int)
         weight, scheme = task.job.weight, task.job.scheme
         held = weight.held
-        rows = held.rows(weight.values())
+        rows = held.rows(weight.tensor.values)
         plain = nearest(rows, scheme, self.options.range, fitted)
         found = self._solved(rows, scheme, fitted)
         before, after = (

@@ -1,0 +1,259 @@
+"""Where channels can be rescaled: a tensor and the layers that multiply it with constant weights.
+
+    (x / s) (s W1), (x / s) (s W2)        one factor s for all layers that read x
+
+`Trial` tells what a factor does to the results of these layers once numbers are rounded: computed
+layer by layer on excerpts of activations (`onnxq.excerpts`), without running the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
+
+from onnxq import runtime
+from onnxq.core import Skip
+from onnxq.data import Samples
+from onnxq.excerpts import Excerpt
+from onnxq.model import Model
+from onnxq.packed import remembered
+from onnxq.passes.layouts import Held, held_by
+from onnxq.passes.linear import LINEAR, constant
+from onnxq.passes.ops import is_constant
+from onnxq.passes.rescaling import Division, Factor, along, multiplied
+from onnxq.schemes import Method, PerChannel, PerGroup, QuantScheme, quantize_weight
+
+Array = NDArray[np.float32]
+Rounded = Callable[[Array], Array]
+HELD_OUT = 4  # of so many samples one is held out, the last ones
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Site:
+    """A tensor with `channels` along `axis`, and all the linear layers that read it.
+
+    elsewhere: what else reads it; unfit: why the layers' weights are not to be edited.
+    """
+
+    tensor: gs.Tensor
+    axis: int
+    channels: int
+    layers: tuple[gs.Node, ...]
+    elsewhere: str = ""
+    unfit: str = ""
+
+    @property
+    def is_multiplicable(self) -> bool:
+        """Whether the layers' weights may be edited, whatever else reads the tensor."""
+        return not self.unfit
+
+    @property
+    def name(self) -> str:
+        """The first layer's."""
+        return str(self.layers[0].name)
+
+    def division(
+        self, model: Model, factor: Factor, takes: Callable[[gs.Node], bool] = lambda _: True
+    ) -> Division:
+        """How the tensor is divided by [channels] where it is made. Raises Skip where not."""
+        if self.elsewhere or self.unfit:
+            raise Skip(self.unfit or self.elsewhere)
+        plan = Division(model, takes)
+        plan.divide(self.tensor, along(factor, self.axis, len(self.tensor.shape)))
+        return plan
+
+    def insert(self, model: Model, factor: Factor) -> None:
+        """Divide the tensor in a node of its own, for the layers alone."""
+        tensor, shape = self.tensor, along(1 / factor, self.axis, len(self.tensor.shape))
+        inverse = model.constant(f"{tensor.name}_inverse", shape.astype(tensor.dtype))
+        divided = model.emit("Mul", tensor, inverse, name=f"{tensor.name}_smoothed", like=tensor)
+        for node in self.layers:
+            node.inputs[0] = divided
+
+    def multiply(self, model: Model, factor: Factor) -> None:
+        """Multiply the layers' weights, input channel by input channel."""
+        for node in self.layers:
+            weight = node.inputs[1]
+            made = multiplied(node, constant(node, 1), factor)
+            node.inputs[1] = model.constant(f"{weight.name}_scaled", made)
+
+    def weight_maxima(self) -> NDArray[np.float64]:
+        """The greatest magnitude of each input channel's weights, over all layers."""
+        maxima = [_channel_maxima(n, constant(n, 1), self.channels) for n in self.layers]
+        return np.asarray(np.max(maxima, 0))
+
+
+def find_sites(model: Model, wanted: Callable[[gs.Node], bool]) -> Iterator[Site]:
+    """Tensors of the main graph that layers which are wanted read, in graph order."""
+    found: dict[int, Site] = {}
+    for node in model.graph.nodes:
+        if node.op not in LINEAR or node.domain or not wanted(node):
+            continue
+        tensor, weight = node.inputs[:2]
+        shape = weight.shape
+        if is_constant(tensor) or not is_constant(weight) or weight.dtype != np.float32:
+            continue
+        if not shape or len(shape) < 2 or (node.op == "MatMul" and len(shape) != 2):
+            continue
+        if node.attrs.get("transA", 0) or tensor.shape is None:
+            continue
+        is_conv = node.op in ("Conv", "ConvTranspose")
+        axis = 1 if is_conv else len(tensor.shape) - 1
+        channels = _channels(node)
+        if id(tensor) in found:
+            site = found[id(tensor)]
+            if (site.axis, site.channels) == (axis, channels):
+                found[id(tensor)] = replace(site, layers=(*site.layers, node))
+        else:
+            found[id(tensor)] = Site(tensor, axis, channels, (node,))
+    for site in found.values():
+        yield replace(site, elsewhere=_elsewhere(model, site), unfit=_unfit(site))
+
+
+def _elsewhere(model: Model, site: Site) -> str:
+    """What hinders that all that reads the tensor reads it divided; empty: nothing."""
+    layers = {id(node) for node in site.layers}
+    if model.is_output(site.tensor):
+        return f"{site.tensor.name} is an output"
+    for node in site.tensor.outputs:
+        if id(node) not in layers or node.inputs[1] is site.tensor:
+            return f"{site.tensor.name} is also read by {node.op} {node.name}"
+    return ""
+
+
+def _unfit(site: Site) -> str:
+    """Why the weights of the layers are not to be edited; empty: they may be."""
+    for node in site.layers:
+        if len(node.inputs[1].outputs) > 1:
+            return f"{node.inputs[1].name} is also used elsewhere"
+        if remembered(node.inputs[1]) is not None:
+            return f"{node.inputs[1].name} keeps its integers"
+        if not np.isfinite(constant(node, 1)).all():
+            return f"{node.inputs[1].name} has NaN or infinite values"
+    return ""
+
+
+def _channels(node: gs.Node) -> int:
+    shape = node.inputs[1].shape
+    if node.op == "Conv":
+        return int(shape[1] * node.attrs.get("group", 1))
+    return int(shape[1 if node.op == "Gemm" and node.attrs.get("transB", 0) else 0])
+
+
+def _channel_maxima(node: gs.Node, weight: NDArray[Any], channels: int) -> NDArray[np.float64]:
+    size = np.abs(weight.astype(np.float64))
+    if node.op == "Conv":  # [outputs, inputs / group, ...]
+        group = channels // weight.shape[1]
+        split = size.reshape(group, weight.shape[0] // group, weight.shape[1], -1)
+        return np.asarray(split.max((1, 3)).reshape(-1))
+    axis = 1 if node.op == "Gemm" and node.attrs.get("transB", 0) else 0
+    return np.asarray(np.moveaxis(size, axis, 0).reshape(channels, -1).max(1))
+
+
+def divided(samples: Samples) -> tuple[Samples, Samples]:
+    """Samples to choose on, and the last quarter to judge on; a single one does for both."""
+    held = len(samples) // HELD_OUT
+    if not held:
+        return samples, samples
+    return samples.take(len(samples) - held), samples.skip(len(samples) - held)
+
+
+def product_of(node: gs.Node, opset: int) -> Callable[[Array, Array], Array]:
+    """The layer without its bias, as a function of input and weight."""
+    if node.op in ("Gemm", "MatMul"):
+        turned = node.op == "Gemm" and node.attrs.get("transB", 0)
+        return lambda x, w: x @ (w.T if turned else w)
+    rank = len(node.inputs[1].shape)
+    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [None] * rank) for n in "xwy"]
+    made = helper.make_node(node.op, ["x", "w"], ["y"], **node.attrs)
+    graph = helper.make_graph([made], "layer", values[:2], values[2:])
+    proto = helper.make_model(
+        graph, ir_version=8, opset_imports=[helper.make_opsetid("", min(opset, 18))]
+    )
+    session = runtime.session(proto)
+    return lambda x, w: np.asarray(session.run(None, {"x": x, "w": w})[0])
+
+
+def rounded_weight(
+    held: Held, values: NDArray[Any], scheme: QuantScheme, method: Method
+) -> NDArray[np.float32]:
+    """The weight as it is once it was quantized; a channel is a row of `Held.rows`."""
+    granularity = scheme.granularity
+    if isinstance(granularity, PerGroup):
+        granularity = PerGroup(min(granularity.size, held.length), 1)
+    elif isinstance(granularity, PerChannel):
+        granularity = PerChannel(0)
+    scheme = replace(scheme, granularity=granularity)
+    rows = np.ascontiguousarray(held.rows(values))
+    numbers, params = quantize_weight(rows, scheme, method=method)
+    return np.ascontiguousarray(held.unrolled(params.dequantize(numbers)))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Part:
+    """A layer of a trial, and its exact results for each excerpt."""
+
+    node: gs.Node
+    held: Held
+    weight: Array
+    scheme: QuantScheme
+    product: Callable[[Array, Array], Array]
+    exact: Sequence[Array]
+    energy: float
+
+
+class Trial:
+    """The error of a site's results on an excerpt, by factor.
+
+    Relative: squared errors over squares, the mean over the layers.
+    """
+
+    def __init__(
+        self,
+        site: Site,
+        excerpt: Excerpt,
+        schemes: Mapping[int, QuantScheme],
+        method: Method,
+        opset: int,
+    ) -> None:
+        self.site, self.excerpt, self.method = site, excerpt, method
+        self.parts: list[_Part] = []
+        for node in site.layers:
+            held = next(h for h in held_by(node) if h.index == 1)
+            product, weight = product_of(node, opset), constant(node, 1)
+            exact = [product(x, weight) for x in excerpt]
+            energy = float(sum(np.square(y, dtype=np.float64).sum() for y in exact))
+            self.parts.append(
+                _Part(node, held, weight, schemes[id(node)], product, exact, energy or 1.0)
+            )
+
+    def error(self, factor: Factor | None, rounded: Rounded = lambda x: x) -> float:
+        """With x / s rounded by `rounded` and s W in the layer's scheme; None: without a factor."""
+        inputs = [rounded(self._divided(x, factor)) for x in self.excerpt]
+        total = 0.0
+        for part in self.parts:
+            weight = part.weight if factor is None else multiplied(part.node, part.weight, factor)
+            weight = rounded_weight(part.held, weight, part.scheme, self.method)
+            errors = (
+                np.square(part.product(x, weight) - y, dtype=np.float64).sum()
+                for x, y in zip(inputs, part.exact, strict=True)
+            )
+            total += float(sum(errors)) / part.energy
+        return total / len(self.parts)
+
+    def _divided(self, x: Array, factor: Factor | None) -> Array:
+        if factor is None:
+            return x
+        axis = 1 if self.site.axis == 1 and x.ndim > 2 else x.ndim - 1
+        return np.asarray(x / along(factor, axis, x.ndim), np.float32)
+
+
+def told(error: float) -> str:
+    """A relative squared error as SQNR."""
+    return f"{-10 * np.log10(max(error, 1e-20)):.1f} dB"
