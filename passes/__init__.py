@@ -13,6 +13,7 @@ from onnxq.passes.drop_dead_nodes import drop_dead_nodes
 from onnxq.passes.drop_noops import drop_noops
 from onnxq.passes.drop_traces import drop_traces
 from onnxq.passes.drop_zero_states import drop_zero_states
+from onnxq.passes.equalize_layers import EqualizeLayers
 from onnxq.passes.fill_blocks import FillBlocks
 from onnxq.passes.fold_add import fold_add
 from onnxq.passes.fold_batchnorm import fold_batchnorm
@@ -67,6 +68,7 @@ PASSES: dict[str, Pass | type[Any]] = {
     "drop_noops": drop_noops,
     "drop_traces": drop_traces,
     "drop_zero_states": drop_zero_states,
+    "equalize_layers": EqualizeLayers,
     "fill_blocks": FillBlocks,
     "fold_add": fold_add,
     "fold_batchnorm": fold_batchnorm,
@@ -101,6 +103,7 @@ __all__ = [
     "PASSES",
     "ConvertFloat16",
     "DequantizeModel",
+    "EqualizeLayers",
     "FillBlocks",
     "IntegerIo",
     "QuantizeCodebook",
