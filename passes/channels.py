@@ -322,8 +322,8 @@ class _Labeller:
             return [Channels(axis, np.concatenate(labels))]
         if len({part.size for part in labels}) > 1:
             return None
-        for part in labels[1:]:
-            self.join(labels[0], part)
+        for other in labels[1:]:
+            self.join(labels[0], other)
         return [Channels(axis, labels[0])]
 
     def moved(self, node: gs.Node) -> Sequence[Channels | None] | None:

@@ -10,7 +10,9 @@ follows, they are the layer's of independent inputs: `trust` counts down.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import NormalDist
 
 import numpy as np
@@ -146,7 +148,7 @@ def _linear(node: gs.Node, found: dict[int, Moments]) -> list[Moments]:
     """Mean W E[x] + b; variance of independent inputs."""
     try:
         weight = matrices(node, constant(node, 1))
-        groups, outputs, inputs, _ = weight.shape
+        groups, _, inputs, _ = weight.shape
         bias = bias_row(node, outputs_of(node))
     except (Skip, ValueError):
         return []
@@ -226,8 +228,7 @@ def _product(node: gs.Node, found: dict[int, Moments]) -> list[Moments]:
         gate = producer(tensor)
         other = node.inputs[1 - i]
         if gate is not None and gate.op in ("Sigmoid", "HardSigmoid") and gate.inputs[0] is other:
-            data = of(other, found)
-            return [_mapped(data, lambda x, g=gate: x * _FUNCTIONS[g.op](g, x))]
+            return [_mapped(of(other, found), partial(_gated, gate))]
     parts = _operands(node, found)
     if parts is None:
         return []
@@ -240,6 +241,10 @@ def _product(node: gs.Node, found: dict[int, Moments]) -> list[Moments]:
     trust = min(one.trust, other_.trust)
     made = Moments.normal(one.axis, mean, np.sqrt(np.maximum(squares - mean**2, 0)), trust)
     return [_cut(made, ends.min(0), ends.max(0))]
+
+
+def _gated(gate: gs.Node, x: Values) -> Values:
+    return x * _FUNCTIONS[gate.op](gate, x)
 
 
 def _joined(node: gs.Node, found: dict[int, Moments]) -> list[Moments]:
@@ -286,7 +291,7 @@ def _through(node: gs.Node, data: Moments) -> Moments:
     return _mapped(data, lambda x: _FUNCTIONS[node.op](node, x))
 
 
-def _mapped(data: Moments, function) -> Moments:  # type: ignore[no-untyped-def]
+def _mapped(data: Moments, function: Callable[[Values], Values]) -> Moments:
     """Distributions behind a function of one value."""
     points = np.sort(function(data.points), axis=1)
     grid = np.linspace(data.lo, data.hi, 129).T
@@ -295,7 +300,7 @@ def _mapped(data: Moments, function) -> Moments:  # type: ignore[no-untyped-def]
     return replace(data, points=points, lo=ends.min(1), hi=ends.max(1))
 
 
-_FUNCTIONS = {
+_FUNCTIONS: dict[str, Callable[[gs.Node, Values], Values]] = {
     **{op: EVALUATE[op] for op in ("Relu", "Clip", "HardSigmoid", "Sigmoid", "Tanh", "Neg")},
     "LeakyRelu": lambda node, x: np.where(x < 0, node.attrs.get("alpha", 0.01) * x, x),
     "PRelu": EVALUATE["Relu"],

@@ -36,6 +36,7 @@ CLOSE = 1e-3  # of log2 of a factor, where it moves no more
 DEAD = 2.0**-20  # of the greatest in a group: a weight below tells nothing of its channel
 LARGEST = 16.0  # log2 of a factor
 WEIGHT_LEVELS, LEVELS = 127.0, 255.0
+TINY = 1e-30
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,47 +107,56 @@ def equalized(layers: Sequence[Linear], groups: Sequence[Labels], count: int) ->
     return s
 
 
-def noise(layers: Sequence[Linear], s: Values, count: int) -> tuple[Values, Values]:
-    """The noise of each layer, of its output's power: weights rounded by channel, and whole."""
-    value = np.zeros(count)
-    for layer in layers:
-        np.add.at(value, layer.inputs, layer.powers.sum(1))
-    value[0] = 0.0
-    value *= np.exp2(2 * s)
-    pairs = [_noise_of(layer, s, value) for layer in layers]
+def noise(layers: Sequence[Linear], s: Values, worth: Values) -> tuple[Values, Values]:
+    """The noise of each layer, of its output's power: weights rounded by channel, and whole.
+
+    worth: as `read_by` gives it for all layers.
+    """
+    pairs = [_noise_of(layer, s, worth) for layer in layers]
     return np.array([p[0] for p in pairs]), np.array([p[1] for p in pairs])
 
 
-def kept(layers: Sequence[Linear], groups: Sequence[Labels], s: Values) -> Values:
-    """The factors without those of groups that are better off without: log of noise, both ways."""
-    s, count = s.copy(), len(s)
+def read_by(layers: Sequence[Linear], count: int) -> Values:
+    """For each label the squares of all weights that read it, without factors; of 0 none."""
+    worth = np.zeros(count)
+    for layer in layers:
+        np.add.at(worth, layer.inputs, layer.powers.sum(1))
+    worth[0] = 0.0
+    return worth
+
+
+def kept(layers: Sequence[Linear], groups: Sequence[Labels], s: Values, least_db: float) -> Values:
+    """The factors without those of groups that do not lower the noise around them by least_db.
+
+    The worst goes first, since the others may be better off then.
+    """
+    s, worth = s.copy(), read_by(layers, len(s))
+    near = [{i for i, layer in enumerate(layers) if touches(layer, g)} for g in groups]
+    gains: dict[int, float] = {}
+    changed = set(range(len(layers)))
     while True:
-        level = _level(layers, s, count)
-        worst, gain = None, 1e-9
         for index, group in enumerate(groups):
-            if not s[group].any():
-                continue
-            trial = s.copy()
-            trial[group] = 0.0
-            # Only layers on either side of the group change.
-            near = [layer for layer in layers if _touches(layer, group)]
-            less = _level(near, s, count) - _level(near, trial, count)
-            if less > gain:
-                worst, gain = index, less
-        if worst is None:
+            if s[group].any() and near[index] & changed:
+                around = [layers[i] for i in sorted(near[index])]
+                gains[index] = gain_db(around, group, s, worth)
+        worst = min(gains, key=lambda index: gains[index], default=None)
+        if worst is None or gains[worst] >= least_db:
             return s
         s[groups[worst]] = 0.0
-        if not _level(layers, s, count) < level:
-            return s
+        changed = near[worst]
+        del gains[worst]
 
 
-def _level(layers: Sequence[Linear], s: Values, count: int) -> float:
-    """Sum of logs of the noise, mean of both ways to round weights."""
-    one, other = noise(layers, s, count)
-    return float(np.log2(one * other + 1e-300).sum() / 2)
+def gain_db(layers: Sequence[Linear], group: Labels, s: Values, worth: Values) -> float:
+    """By how much the group's factors lower the noise of layers: mean over them, both ways."""
+    without = s.copy()
+    without[group] = 0.0
+    before, after = (np.concatenate(noise(layers, f, worth)) for f in (without, s))
+    return float(10 * np.log10((before + TINY) / (after + TINY)).mean())
 
 
-def _touches(layer: Linear, group: Labels) -> bool:
+def touches(layer: Linear, group: Labels) -> bool:
+    """Whether the layer reads or makes some of the group's channels."""
     return bool(np.isin(layer.inputs, group).any() or np.isin(layer.outputs, group).any())
 
 
@@ -159,23 +169,21 @@ def _users(layers: Sequence[Linear], group: Labels) -> tuple[list[Linear], list[
 
 def _scaled(layer: Linear, s: Values) -> Values:
     """Peaks with their factors."""
-    factors = np.exp2(s[layer.inputs][:, None, :] - s[layer.outputs][:, :, None])
-    return np.asarray(layer.peaks * factors)
+    into, out = np.exp2(s[layer.inputs]), np.exp2(-s[layer.outputs])
+    return np.asarray(layer.peaks * into[:, None, :] * out[:, :, None])
 
 
-def _noise_of(layer: Linear, s: Values, value: Values) -> tuple[float, float]:
+def _noise_of(layer: Linear, s: Values, worth: Values) -> tuple[float, float]:
     into, out = np.exp2(s[layer.inputs]), np.exp2(s[layer.outputs])
     lo, hi = min(float((layer.lo / into).min()), 0.0), max(float((layer.hi / into).max()), 0.0)
     step = ((hi - lo) / LEVELS) ** 2 / 12
-    powers = (layer.powers * (into[:, None, :] / out[:, :, None]) ** 2).sum(2)
+    powers = np.einsum("goi,gi->go", layer.powers, into**2) / out**2
     peaks = _scaled(layer, s).max(2)
     squares = (layer.squares / into**2).sum(1)[:, None] * layer.positions
-    worth = value[layer.outputs]
-    if not (worth * layer.made).any():
-        worth = out**2  # nobody reads it that counts: as it was without factors
-    signal = float((layer.made / out**2 * worth).sum()) or 1.0
-    rows, whole = (p / WEIGHT_LEVELS for p in (peaks, peaks.max()))
-    found = [
-        float(((step * powers + w**2 / 12 * squares) * worth).sum()) / signal for w in (rows, whole)
-    ]
+    value = worth[layer.outputs] * out**2
+    if not (value * layer.made).any():
+        value = out**2  # no layer reads it: as it was without factors
+    signal = float((layer.made / out**2 * value).sum()) or 1.0
+    rows, whole = (np.square(p / WEIGHT_LEVELS) / 12 for p in (peaks, peaks.max()))
+    found = [float(((step * powers + w * squares) * value).sum()) / signal for w in (rows, whole)]
     return found[0], found[1]
