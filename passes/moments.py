@@ -4,7 +4,7 @@ A BatchNormalization's result has mean beta and deviation |gamma| in training, a
 mean and variance that it holds (Nagel et al., "Data-Free Quantization Through Weight Equalization
 and Bias Correction", 2019, section 4.2.1); the values between are taken for normal. Folding leaves
 them in `Model.moments`. From there distributions go on through activation functions, pooling, sums
-and data movement, as quantiles of equal probability. Behind a layer that no BatchNormalization
+and data movement, as points of given probability. Behind a layer that no BatchNormalization
 follows, they are the layer's of independent inputs: `trust` counts down.
 """
 
@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from statistics import NormalDist
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -22,17 +21,21 @@ from numpy.typing import NDArray
 from onnxq.core import Skip
 from onnxq.graphs import sort
 from onnxq.model import Model, producer, values_of
+from onnxq.numerics import histograms
 from onnxq.passes.activations import EVALUATE
 from onnxq.passes.channel_moves import MOVED, Channels, sizes
 from onnxq.passes.channels import bias_row, matrices
 from onnxq.passes.linear import LINEAR, constant, outputs_of
+from onnxq.statistics import Histogram
 
 Values = NDArray[np.float64]
 
 SIGMAS = 6.0  # where values end, in deviations, as in the paper
-POINTS = 64
-QUANTILES = np.array([NormalDist().inv_cdf((i + 0.5) / POINTS) for i in range(POINTS)])
-QUANTILES /= QUANTILES.std()
+POINTS = 97
+GRID = np.linspace(-SIGMAS, SIGMAS, POINTS)
+MASS = np.exp(-(GRID**2) / 2) / np.exp(-(GRID**2) / 2).sum()
+BELOW = np.cumsum(MASS) - MASS / 2
+COUNTS = np.rint(MASS * 8192).astype(np.int64)  # of a channel's values in a histogram
 # Trust: from a BatchNormalization; one layer behind; a guess.
 KNOWN, DERIVED, GUESSED = 2, 1, 0
 POOLS = frozenset(("MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool"))
@@ -42,7 +45,7 @@ POOLS = frozenset(("MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool
 class Moments:
     """Distributions of a tensor's channels along an axis; axis None: one for all.
 
-    points: [channels, POINTS], ascending, each as probable. lo, hi: [channels], the ends.
+    points: [channels, POINTS], of probability MASS. lo, hi: [channels], the ends.
     """
 
     axis: int | None
@@ -54,18 +57,25 @@ class Moments:
     @classmethod
     def normal(cls, axis: int | None, mean: Values, deviation: Values, trust: int) -> Moments:
         """Normal distributions, cut off at SIGMAS deviations."""
-        points = mean[:, None] + deviation[:, None] * QUANTILES
+        points = mean[:, None] + deviation[:, None] * GRID
         return cls(axis, points, mean - SIGMAS * deviation, mean + SIGMAS * deviation, trust)
 
     @property
     def mean(self) -> Values:
         """Of each channel."""
-        return np.asarray(self.points.mean(1))
+        return np.asarray(self.points @ MASS)
 
     @property
     def variance(self) -> Values:
         """Of each channel."""
-        return np.asarray(self.points.var(1))
+        return np.asarray(np.square(self.points - self.mean[:, None]) @ MASS)
+
+    def histogram(self) -> Histogram:
+        """Of all channels, each with as many values."""
+        counts = histograms.count(
+            np.repeat(histograms.halves_of(self.points), np.tile(COUNTS, len(self.points)))
+        )[0]
+        return Histogram(float(self.lo.min()), float(self.hi.max()), 1, False, *counts)
 
     def spread(self, axis: int, channels: int) -> Moments:
         """One distribution for each of so many channels along an axis."""
@@ -84,7 +94,10 @@ class Moments:
         """One distribution for all channels."""
         if len(self.points) == 1:
             return replace(self, axis=None)
-        every = np.sort(self.points, axis=None).reshape(POINTS, -1).mean(1)
+        flat, mass = self.points.reshape(-1), np.tile(MASS, len(self.points))
+        order = np.argsort(flat, kind="stable")
+        below = (np.cumsum(mass[order]) - mass[order] / 2) / len(self.points)
+        every = np.interp(BELOW, below, flat[order])
         return Moments(None, every[None], self.lo.min(keepdims=True), self.hi.max(keepdims=True),
                        self.trust)  # fmt: skip
 
@@ -198,7 +211,7 @@ def _stored(values: Values, rank: int) -> Moments:
         flat = values.reshape(-1)
         points = np.repeat(flat[:, None], POINTS, 1)
         return Moments(axes[0] + rank - values.ndim, points, flat, flat, KNOWN)
-    points = np.quantile(values, (np.arange(POINTS) + 0.5) / POINTS)[None]
+    points = np.quantile(values, BELOW)[None]
     return Moments(None, points, np.array([values.min()]), np.array([values.max()]), KNOWN)
 
 
@@ -267,9 +280,11 @@ def _joined(node: gs.Node, found: dict[int, Moments]) -> list[Moments]:
 
 def _greater(data: Moments) -> Moments:
     """The greater of two neighbours, which are as of independent values: windows are correlated."""
-    shares = (np.arange(POINTS) + 0.5) / POINTS
-    points = np.stack([np.interp(np.sqrt(shares), shares, row) for row in data.points])
-    return replace(data, points=points)
+    if (np.diff(data.points) < 0).any():
+        return data
+    return replace(
+        data, points=np.stack([np.interp(np.sqrt(BELOW), BELOW, r) for r in data.points])
+    )
 
 
 def _moved(node: gs.Node, data: Moments) -> list[Moments]:
@@ -293,11 +308,10 @@ def _through(node: gs.Node, data: Moments) -> Moments:
 
 def _mapped(data: Moments, function: Callable[[Values], Values]) -> Moments:
     """Distributions behind a function of one value."""
-    points = np.sort(function(data.points), axis=1)
     grid = np.linspace(data.lo, data.hi, 129).T
     grid = np.concatenate([grid, np.clip(0.0, data.lo, data.hi)[:, None]], 1)
     ends = function(grid)
-    return replace(data, points=points, lo=ends.min(1), hi=ends.max(1))
+    return replace(data, points=function(data.points), lo=ends.min(1), hi=ends.max(1))
 
 
 _FUNCTIONS: dict[str, Callable[[gs.Node, Values], Values]] = {

@@ -23,7 +23,7 @@ SHARED = {
     "weight_storage", "codebook_encoding", "importance", "dynamic_costs", "dynamic_layers",
     "moves", "pairs",
     "halves", "half_storage", "half_forms", "half_rules", "half_ranges", "half_regions",
-    "half_masks", "channels", "channel_moves", "moments",
+    "half_masks", "channels", "channel_moves", "moments", "data_free",
 }  # fmt: skip
 
 
