@@ -8,6 +8,7 @@ from onnxq.core import Fixpoint, Pass, Pipeline
 from onnxq.passes.cancel_transposes import cancel_transposes
 from onnxq.passes.convert_float16 import ConvertFloat16
 from onnxq.passes.convert_float32 import convert_float32
+from onnxq.passes.correct_bias import CorrectBias
 from onnxq.passes.dequantize_model import DequantizeModel
 from onnxq.passes.drop_dead_nodes import drop_dead_nodes
 from onnxq.passes.drop_noops import drop_noops
@@ -63,6 +64,7 @@ PASSES: dict[str, Pass | type[Any]] = {
     "cleanup": cleanup,
     "convert_float16": ConvertFloat16,
     "convert_float32": convert_float32,
+    "correct_bias": CorrectBias,
     "dequantize_model": DequantizeModel,
     "drop_dead_nodes": drop_dead_nodes,
     "drop_noops": drop_noops,
@@ -102,6 +104,7 @@ PASSES: dict[str, Pass | type[Any]] = {
 __all__ = [
     "PASSES",
     "ConvertFloat16",
+    "CorrectBias",
     "DequantizeModel",
     "EqualizeLayers",
     "FillBlocks",

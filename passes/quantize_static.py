@@ -28,7 +28,14 @@ from onnxq.model import Model
 from onnxq.options import require_range
 from onnxq.passes.data_free import expected, unknown
 from onnxq.passes.float_layers import spread_scales
-from onnxq.passes.formats import formats_of, opset_needed, require_formats, with_granularity
+from onnxq.passes.formats import (
+    Granularity,
+    Weights,
+    formats_of,
+    opset_needed,
+    require_formats,
+    with_granularity,
+)
 from onnxq.passes.insertion import Editor, WeightMethod
 from onnxq.passes.ops import OPS
 from onnxq.passes.placement import RULE, Placement, place
@@ -39,8 +46,6 @@ from onnxq.statistics import Histogram, Method
 from onnxq.targets import Target
 
 Activations = Literal["auto", "a8", "a16", "int8", "uint8", "int16", "uint16"]
-Weights = Literal["auto", "int8", "uint8", "int16", "int4", "uint4", "int2"]
-Granularity = Literal["auto", "tensor", "channel", "group"]
 Bias = Literal["auto", "int32", "float"]
 RangesFrom = Literal["samples", "batchnorm"]
 
