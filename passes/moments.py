@@ -30,8 +30,8 @@ from onnxq.statistics import Histogram
 
 Values = NDArray[np.float64]
 
-SIGMAS = 6.0  # where values end, in deviations, as in the paper
-POINTS = 97
+SIGMAS = 8.0  # where values end, in deviations; 6 in the paper, which cut LeakyRelu nets off
+POINTS = 129
 GRID = np.linspace(-SIGMAS, SIGMAS, POINTS)
 MASS = np.exp(-(GRID**2) / 2) / np.exp(-(GRID**2) / 2).sum()
 BELOW = np.cumsum(MASS) - MASS / 2
@@ -220,13 +220,17 @@ def _sum(node: gs.Node, found: dict[int, Moments]) -> list[Moments]:
     parts = _operands(node, found)
     if parts is None:
         return []
-    signs = [-1 if node.op == "Sub" and i else 1 for i in range(len(parts))]
-    axis, trust = parts[0].axis, min(m.trust for m in parts)
-    mean = sum((s * m.mean for s, m in zip(signs, parts, strict=True)), np.zeros(1))
-    deviation = np.sqrt(sum((m.variance for m in parts), np.zeros(1)))
-    ends = [(m.lo, m.hi) if s > 0 else (-m.hi, -m.lo) for s, m in zip(signs, parts, strict=True)]
-    lo, hi = (sum((e[i] for e in ends), np.zeros(1)) for i in (0, 1))
-    return [_cut(Moments.normal(axis, mean, deviation, trust), lo, hi)]
+    if node.op == "Sub":
+        parts[1] = Moments(
+            parts[1].axis, -parts[1].points[:, ::-1], -parts[1].hi, -parts[1].lo, parts[1].trust
+        )
+    points, lo, hi = (sum(getattr(m, name) for m in parts) for name in ("points", "lo", "hi"))
+    whole = Moments(parts[0].axis, points, lo, hi, min(m.trust for m in parts))
+    # Points were added as if all were large together: too wide.
+    mean, deviation = whole.mean, np.sqrt(sum(m.variance for m in parts))
+    share = deviation / np.maximum(np.sqrt(whole.variance), 1e-300)
+    whole = replace(whole, points=mean[:, None] + share[:, None] * (points - mean[:, None]))
+    return [_cut(whole, mean - SIGMAS * deviation, mean + SIGMAS * deviation)]
 
 
 def _cut(data: Moments, lo: Values, hi: Values) -> Moments:

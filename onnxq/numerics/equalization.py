@@ -125,9 +125,16 @@ def read_by(layers: Sequence[Linear], count: int) -> Values:
     return worth
 
 
-def kept(layers: Sequence[Linear], groups: Sequence[Labels], s: Values, least_db: float) -> Values:
+def kept(
+    layers: Sequence[Linear],
+    groups: Sequence[Labels],
+    s: Values,
+    least_db: Sequence[float],
+    whole: float,
+) -> Values:
     """The factors without those of groups that do not lower the noise around them by least_db.
 
+    least_db: of each group. whole: the share that weights rounded by tensor have in that, the rest is of those by channel.
     The worst goes first, since the others may be better off then.
     """
     s, worth = s.copy(), read_by(layers, len(s))
@@ -138,21 +145,24 @@ def kept(layers: Sequence[Linear], groups: Sequence[Labels], s: Values, least_db
         for index, group in enumerate(groups):
             if s[group].any() and near[index] & changed:
                 around = [layers[i] for i in sorted(near[index])]
-                gains[index] = gain_db(around, group, s, worth)
-        worst = min(gains, key=lambda index: gains[index], default=None)
-        if worst is None or gains[worst] >= least_db:
+                gains[index] = gain_db(around, group, s, worth, whole)
+        worst = min(gains, key=lambda index: gains[index] - least_db[index], default=None)
+        if worst is None or gains[worst] >= least_db[worst]:
             return s
         s[groups[worst]] = 0.0
         changed = near[worst]
         del gains[worst]
 
 
-def gain_db(layers: Sequence[Linear], group: Labels, s: Values, worth: Values) -> float:
-    """By how much the group's factors lower the noise of layers: mean over them, both ways."""
+def gain_db(
+    layers: Sequence[Linear], group: Labels, s: Values, worth: Values, whole: float
+) -> float:
+    """By how much the group's factors lower the noise of layers, on average."""
     without = s.copy()
     without[group] = 0.0
-    before, after = (np.concatenate(noise(layers, f, worth)) for f in (without, s))
-    return float(10 * np.log10((before + TINY) / (after + TINY)).mean())
+    before, after = (np.stack(noise(layers, f, worth)) for f in (without, s))
+    gains = 10 * np.log10((before + TINY) / (after + TINY)).mean(1)
+    return float((1 - whole) * gains[0] + whole * gains[1])
 
 
 def touches(layer: Linear, group: Labels) -> bool:
