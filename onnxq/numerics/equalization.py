@@ -134,8 +134,8 @@ def kept(
 ) -> Values:
     """The factors without those of groups that do not lower the noise around them by least_db.
 
-    least_db: of each group. whole: the share that weights rounded by tensor have in that, the rest is of those by channel.
-    The worst goes first, since the others may be better off then.
+    least_db: of each group. whole: the share that weights rounded by tensor have in that, the rest
+    is of those by channel. The worst goes first, since the others may be better off then.
     """
     s, worth = s.copy(), read_by(layers, len(s))
     near = [{i for i, layer in enumerate(layers) if touches(layer, g)} for g in groups]
