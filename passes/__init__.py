@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from onnxq.core import Fixpoint, Pass, Pipeline
+from onnxq.passes.absorb_bias import absorb_bias
 from onnxq.passes.cancel_transposes import cancel_transposes
 from onnxq.passes.convert_float16 import ConvertFloat16
 from onnxq.passes.convert_float32 import convert_float32
@@ -60,6 +61,7 @@ cleanup = Fixpoint(
 
 # Values are passes; classes take options.
 PASSES: dict[str, Pass | type[Any]] = {
+    "absorb_bias": absorb_bias,
     "cancel_transposes": cancel_transposes,
     "cleanup": cleanup,
     "convert_float16": ConvertFloat16,
@@ -116,6 +118,7 @@ __all__ = [
     "RaiseOpset",
     "SimplifyQdq",
     "WidenChannels",
+    "absorb_bias",
     "cancel_transposes",
     "cleanup",
     "convert_float32",

@@ -15,7 +15,7 @@ from onnxq.data import open_samples
 from onnxq.model import Model, values_of
 from onnxq.numerics.metrics import sqnr_db
 from onnxq.packed import remembered
-from onnxq.passes import CorrectBias, QuantizeStatic, cleanup, fold_batchnorm
+from onnxq.passes import CorrectBias, QuantizeStatic, absorb_bias, cleanup, fold_batchnorm
 from onnxq.passes.data_free import expected
 from onnxq.passes.moments import DERIVED, GUESSED, KNOWN, moments
 from onnxq.sampling import NO_SAMPLES
@@ -242,3 +242,47 @@ def test_a_product_needs_a_row_to_correct() -> None:
     ]
     add = model.nodes("Add")[0]
     assert np.abs(np.asarray(values_of(add.inputs[1]))).max() > 0
+
+
+def high(tail: str, more: dict[str, NDArray[Any]] | None = None) -> Model:
+    """Half of the channels never come near 0."""
+    lifted = {"e2": np.where(np.arange(32) % 2, 30.0, 0.0), "g2": np.ones(32)}
+    model = Model.from_proto(trained(tail, more=lifted | (more or {}))).copy()
+    cleanup(model)
+    return model
+
+
+def test_high_biases_go_into_the_layer_behind() -> None:
+    more = {"z": np.random.default_rng(4).normal(size=(8, 32, 1, 1)), "zb": np.ones(8)}
+    model = high("h = Relu(o) y = Conv(h, z, zb)", more)
+    reference = run(model, feed())
+    before = expected(model)["h"].hi
+    assert [n.text for n in absorb_bias(model) if n.changed] == ["range up to 38 is one up to 11"]
+    assert expected(model)["h"].hi < before / 3
+    assert sqnr_db(reference, run(model, feed())) > 40
+    assert not any(n.changed for n in absorb_bias(model))
+
+
+STAYS = [
+    pytest.param("h = Relu(o) y = Conv<pads=[1,1,1,1]>(h, z)", "pads with zeros, which would stand for what is taken off", id="pads"),
+    pytest.param("h = Relu(o) k = Conv(h, z) y = Concat<axis=1>(k, h)", "Concat", id="other-reader"),
+    pytest.param("y = Relu(o)", "y is a graph output", id="output"),
+    pytest.param("h = Relu(o) k = Conv(h, z) y = Concat<axis=1>(k, o)", "o is also used elsewhere", id="two-readers"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("tail", "reason"), STAYS)
+def test_where_high_biases_stay(tail: str, reason: str) -> None:
+    model = high(tail, {"z": np.ones((8, 32, 1, 1))})
+    notes = absorb_bias(model)
+    assert not any(n.changed for n in notes)
+    assert any(reason in n.text for n in notes)
+
+
+def test_low_biases_are_not_worth_it() -> None:
+    model = high(
+        "h = Relu(o) y = Conv(h, z)", {"z": np.ones((8, 32, 1, 1)), "e2": np.full(32, 3.2)}
+    )
+    notes = absorb_bias(model)
+    assert notes[-1].text == "its range would shrink by 2 % only"
+    assert not any(n.changed for n in notes)
