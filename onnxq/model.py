@@ -77,6 +77,8 @@ class Model:
     has_data_file: bool = field(default=False, repr=False)
     ranges: dict[str, tuple[QParams, ...]] = field(default_factory=dict, repr=False)
     """What tensors were quantized with before floats were recovered, by name (see onnxq.packed)."""
+    moments: dict[str, tuple[Values, Values]] = field(default_factory=dict, repr=False)
+    """Mean and deviation of tensors' channels that BatchNormalizations knew of, by name."""
     _counts: dict[str, int] = field(default_factory=dict, repr=False)
     _walked: list[gs.Graph] = field(default_factory=list, repr=False)
     scratch: Scratch = field(default_factory=lambda: Scratch(is_used=False), repr=False)
@@ -249,6 +251,7 @@ class Model:
             scratch=self.scratch,
         )
         model.ranges.update(self.ranges)
+        model.moments.update(self.moments)
         model._name_nodes()
         same_types(self.graph, graph)
         remember(graph)

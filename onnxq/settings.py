@@ -19,6 +19,7 @@ from onnxq.recipes import Recipe, load_recipe, names
 
 # (pass, setting) -> the pass's option, where that has another name.
 ALIASES = {
+    ("correct_bias", "range"): "weight_range",
     ("quantize_static", "range"): "weight_range",
     ("quantize_static", "activation_range"): "range",
     ("quantize_weights", "weights"): "format",

@@ -5,14 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from onnxq.core import Fixpoint, Pass, Pipeline
+from onnxq.passes.absorb_bias import absorb_bias
 from onnxq.passes.cancel_transposes import cancel_transposes
 from onnxq.passes.convert_float16 import ConvertFloat16
 from onnxq.passes.convert_float32 import convert_float32
+from onnxq.passes.correct_bias import CorrectBias
 from onnxq.passes.dequantize_model import DequantizeModel
 from onnxq.passes.drop_dead_nodes import drop_dead_nodes
 from onnxq.passes.drop_noops import drop_noops
 from onnxq.passes.drop_traces import drop_traces
 from onnxq.passes.drop_zero_states import drop_zero_states
+from onnxq.passes.equalize_layers import EqualizeLayers
 from onnxq.passes.fill_blocks import FillBlocks
 from onnxq.passes.fold_add import fold_add
 from onnxq.passes.fold_batchnorm import fold_batchnorm
@@ -61,15 +64,18 @@ cleanup = Fixpoint(
 
 # Values are passes; classes take options.
 PASSES: dict[str, Pass | type[Any]] = {
+    "absorb_bias": absorb_bias,
     "cancel_transposes": cancel_transposes,
     "cleanup": cleanup,
     "convert_float16": ConvertFloat16,
     "convert_float32": convert_float32,
+    "correct_bias": CorrectBias,
     "dequantize_model": DequantizeModel,
     "drop_dead_nodes": drop_dead_nodes,
     "drop_noops": drop_noops,
     "drop_traces": drop_traces,
     "drop_zero_states": drop_zero_states,
+    "equalize_layers": EqualizeLayers,
     "fill_blocks": FillBlocks,
     "fold_add": fold_add,
     "fold_batchnorm": fold_batchnorm,
@@ -106,7 +112,9 @@ PASSES: dict[str, Pass | type[Any]] = {
 __all__ = [
     "PASSES",
     "ConvertFloat16",
+    "CorrectBias",
     "DequantizeModel",
+    "EqualizeLayers",
     "FillBlocks",
     "IntegerIo",
     "QuantizeCodebook",
@@ -119,6 +127,7 @@ __all__ = [
     "SimplifyQdq",
     "SmoothActivations",
     "WidenChannels",
+    "absorb_bias",
     "cancel_transposes",
     "cleanup",
     "convert_float32",

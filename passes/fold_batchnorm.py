@@ -8,6 +8,8 @@ with  s = g / sqrt(var + eps),  W' = s W (per output channel),  b' = s (b - mu) 
 
 with  t = beta - s mu,  W' = s W (per input channel),  b' = b + sum of t W. With padding that is
 legal only for t = 0, since padded zeros are not shifted.
+
+What it knew of the distribution of its result, or of its input, is kept in `Model.moments`.
 """
 
 from __future__ import annotations
@@ -73,7 +75,9 @@ def into_before(model: Model, layer: gs.Node, bn: gs.Node, scale: Vector, shift:
     if layer.op != "MatMul":
         made = shift if bias is None else shift + scale * bias
     rewrite(model, layer, scaled(layer, weight, scale), made)
+    gamma, beta = constant(bn, 1), constant(bn, 2)
     take_over(layer, bn)
+    model.moments[layer.outputs[0].name] = beta, np.abs(gamma)
     return f"into {layer.op} {layer.name}"
 
 
@@ -110,6 +114,7 @@ def into_after(model: Model, bn: gs.Node, layer: gs.Node, scale: Vector, shift: 
         model, layer, wide.astype(weight.dtype), total if any(shift) or bias is not None else None
     )
     source = bn.inputs[0]
+    model.moments[source.name] = constant(bn, 3), np.sqrt(constant(bn, 4))
     layer.inputs[0] = source
     bn.outputs.clear()
     bn.inputs.clear()

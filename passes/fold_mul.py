@@ -45,6 +45,10 @@ def fold_mul(model: Model, node: gs.Node) -> str | None:
         rewrite(
             model, before, scaled(before, weight, values), None if bias is None else bias * values
         )
+        known = model.moments.get(data.name)
+        if known is not None:
+            mean, deviation = known
+            model.moments[node.outputs[0].name] = mean * values, deviation * np.abs(values)
         take_over(before, node)
         return f"into {before.op} {before.name}"
     if after is not None and after.op in LINEAR and after.inputs[0] is node.outputs[0]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import onnx_graphsurgeon as gs
 
@@ -21,6 +22,8 @@ from onnxq.passes.ops import OPS
 from onnxq.schemes import FORMATS, PerChannel, PerGroup, PerTensor, QuantScheme
 from onnxq.targets import Target
 
+Weights = Literal["auto", "int8", "uint8", "int16", "int4", "uint4", "int2"]
+Granularity = Literal["auto", "tensor", "channel", "group"]
 WIDTHS = {"a8": 8, "a16": 16}
 WIDE_SINCE = 21  # QuantizeLinear and DequantizeLinear of 16 and of 4 bits
 

@@ -314,28 +314,12 @@ class Editor:
         constants = self.scale_and_zero_point(params, name)
         return self.dequantize(constant, constants, f"{name}_dq", **attrs)
 
-    def axis(self, node: gs.Node, index: int) -> int | None:
-        """The axis of the weight's scales, for groups that which is summed over; None: one scale.
-
-        MatMul kernels take a scale a column of a matrix, not of a stack of matrices or of a left
-        operand's rows.
-        """
-        granularity = self.scheme_of(node).granularity
-        if isinstance(granularity, PerTensor):
-            return None
-        if node.op == "MatMul" and (index == 0 or len(node.inputs[index].shape) != 2):
-            return None
-        axis = weight_axis(node, index)
-        if isinstance(granularity, PerGroup) and axis is not None:
-            return 1 - axis  # of a matrix's two axes, or a kernel's first two, the other one
-        return axis
-
     def weight_and_bias(self, node: gs.Node) -> None:
         """Quantize a layer's weight, and its bias where that is to be integers."""
         index, at = weight_input(node), OPS[node.op].bias
         assert index is not None
-        weight, axis = node.inputs[index], self.axis(node, index)
-        scheme = self.scheme_of(node)
+        weight, scheme = node.inputs[index], self.scheme_of(node)
+        axis = scale_axis(node, index, scheme)
         if axis is None:
             scheme = replace(scheme, granularity=PerTensor())
         self.layers[id(node)] = 0
@@ -407,3 +391,19 @@ class Editor:
                 params,
             )
         return self.weights[key][0]
+
+
+def scale_axis(node: gs.Node, index: int, scheme: QuantScheme) -> int | None:
+    """The axis of the weight's scales, for groups that which is summed over; None: one scale.
+
+    MatMul kernels take a scale a column of a matrix, not of a stack of matrices or of a left
+    operand's rows.
+    """
+    if isinstance(scheme.granularity, PerTensor):
+        return None
+    if node.op == "MatMul" and (index == 0 or len(node.inputs[index].shape) != 2):
+        return None
+    axis = weight_axis(node, index)
+    if isinstance(scheme.granularity, PerGroup) and axis is not None:
+        return 1 - axis  # of a matrix's two axes, or a kernel's first two, the other one
+    return axis

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 
@@ -26,8 +26,16 @@ from onnxq.fingerprint import fingerprint
 from onnxq.layers import Layers
 from onnxq.model import Model
 from onnxq.options import require_range
+from onnxq.passes.data_free import expected, unknown
 from onnxq.passes.float_layers import spread_scales
-from onnxq.passes.formats import formats_of, opset_needed, require_formats, with_granularity
+from onnxq.passes.formats import (
+    Granularity,
+    Weights,
+    formats_of,
+    opset_needed,
+    require_formats,
+    with_granularity,
+)
 from onnxq.passes.insertion import Editor, WeightMethod
 from onnxq.passes.ops import OPS
 from onnxq.passes.placement import RULE, Placement, place
@@ -38,9 +46,8 @@ from onnxq.statistics import Histogram, Method
 from onnxq.targets import Target
 
 Activations = Literal["auto", "a8", "a16", "int8", "uint8", "int16", "uint16"]
-Weights = Literal["auto", "int8", "uint8", "int16", "int4", "uint4", "int2"]
-Granularity = Literal["auto", "tensor", "channel", "group"]
 Bias = Literal["auto", "int32", "float"]
+RangesFrom = Literal["samples", "batchnorm"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +58,11 @@ class QuantizeStatic:
     case); auto: what the target is fastest with. granularity: of weights; channels where the
     operator may have them, groups of group_size for those below 8 bits, where the target has them,
     with float biases. range: how activation ranges are chosen (minmax, percentile, entropy, mse,
-    careful). weight_range: how scales of weights are, as in quantize_weights. bias: int32 or float,
-    where the target takes either. layers: overrides for single layers, see `onnxq.layers`.
-    calibration: a file; re-used when it is there, written when it is not, completed when the same
-    samples are given.
+    careful). ranges_from: samples; or batchnorm, what BatchNormalizations know, without any (layers
+    of which these say nothing stay float). weight_range: how scales of weights are, as in
+    quantize_weights. bias: int32 or float, where the target takes either. layers: overrides for
+    single layers, see `onnxq.layers`. calibration: a file; re-used when it is there, written when
+    it is not, completed when the same samples are given.
     """
 
     target: Target
@@ -66,6 +74,7 @@ class QuantizeStatic:
     range: Method = "minmax"
     weight_range: WeightMethod = "minmax"
     bias: Bias = "auto"
+    ranges_from: RangesFrom = "samples"
     layers: tuple[str, ...] = ()
     calibration: Path | None = None
     progress: Callable[[int], None] | None = field(default=None, repr=False, compare=False)
@@ -79,6 +88,11 @@ class QuantizeStatic:
         if self.bias != "auto" and target.bias not in (self.bias, "either"):
             raise RecipeError(f"{target.name} wants biases as {target.bias}, not as {self.bias}")
         Layers.parse(self.layers)
+
+    @staticmethod
+    def wants(field: str, options: Mapping[str, Any]) -> bool:
+        """Whether, with these options, it has to be given `field`; see `onnxq.recipes.wants`."""
+        return bool(options.get("ranges_from", "samples") == "samples")
 
     @property
     def name(self) -> str:
@@ -103,8 +117,7 @@ class QuantizeStatic:
         if model.opset < 13:
             target = target.without_channels()
         model.separate_names()
-        first = next(iter(self.samples))
-        shapes = model.shapes_for({name: np.shape(values) for name, values in first.items()})
+        shapes = model.shapes_for(self._input_shapes(model))
         choices = Layers.parse(self.layers).choices(model)
         formats = formats_of(
             model, target, choices, activations=self.activations, weights=self.weights,
@@ -121,7 +134,17 @@ class QuantizeStatic:
             asked=formats.asked | formats.simulated,
         )
         placement = chosen(floats)
-        statistics = self._statistics(model, placement)
+        if self.ranges_from == "batchnorm":
+            model.infer_shapes()
+            held = expected(model)
+            wanted = {t.name for n in model.nodes() for t in (*n.inputs, *n.outputs)}
+            held |= remembered_ranges(model, placement, wanted)
+            while more := unknown(placement, held):
+                floats |= more
+                placement = chosen(floats)
+            statistics: Mapping[str, Histogram] = held
+        else:
+            statistics = self._statistics(model, placement)
         declined: list[Note] = []
         while more := range_rules(placement, statistics, strict=target.floats is not None):
             declined += [
@@ -131,7 +154,8 @@ class QuantizeStatic:
             ]
             floats |= more
             placement = chosen(floats)
-            statistics = self._completed(model, placement, statistics)
+            if self.ranges_from == "samples":
+                statistics = self._completed(model, placement, statistics)
         ranges = activation_params(model, target, placement, statistics, self.range)
         notes = Editor(
             model, target, placement, ranges, formats.weights,
@@ -142,6 +166,16 @@ class QuantizeStatic:
         if target.requantizes and model.opset >= 13:
             spread_scales(model)
         return [*notes, *declined, *placement.declined]
+
+    def _input_shapes(self, model: Model) -> dict[str, tuple[int, ...]]:
+        """Of the first sample; without any, free sizes are 1."""
+        first = next(iter(self.samples), None)
+        if first is not None:
+            return {name: np.shape(values) for name, values in first.items()}
+        return {
+            t.name: tuple(d if isinstance(d, int) else 1 for d in t.shape or ())
+            for t in model.graph.inputs
+        }
 
     def _statistics(self, model: Model, placement: Placement) -> Mapping[str, Histogram]:
         wanted = {name for sources in placement.sources.values() for name in sources}

@@ -24,7 +24,7 @@ SHARED = {
     "dynamic_costs", "dynamic_layers", "grams",
     "moves", "pairs",
     "halves", "half_storage", "half_forms", "half_rules", "half_ranges", "half_regions",
-    "half_masks", "rescaling", "sites",
+    "half_masks", "rescaling", "sites", "channels", "channel_moves", "moments", "data_free",
 }  # fmt: skip
 
 
