@@ -79,6 +79,9 @@ class Model:
     """What tensors were quantized with before floats were recovered, by name (see onnxq.packed)."""
     moments: dict[str, tuple[Values, Values]] = field(default_factory=dict, repr=False)
     """Mean and deviation of tensors' channels that BatchNormalizations knew of, by name."""
+    unquantized: list[Model] = field(default_factory=list, repr=False)
+    """What the model was before its activations were quantized, for passes that correct what that
+    costs: one, or none. Nodes and tensors have the same names there; weights are shared."""
     _counts: dict[str, int] = field(default_factory=dict, repr=False)
     _walked: list[gs.Graph] = field(default_factory=list, repr=False)
     scratch: Scratch = field(default_factory=lambda: Scratch(is_used=False), repr=False)
@@ -252,6 +255,7 @@ class Model:
         )
         model.ranges.update(self.ranges)
         model.moments.update(self.moments)
+        model.unquantized.extend(self.unquantized)
         model._name_nodes()
         same_types(self.graph, graph)
         remember(graph)

@@ -157,6 +157,7 @@ class QuantizeStatic:
             if self.ranges_from == "samples":
                 statistics = self._completed(model, placement, statistics)
         ranges = activation_params(model, target, placement, statistics, self.range)
+        model.unquantized[:] = [model.copy()]
         notes = Editor(
             model, target, placement, ranges, formats.weights,
             weight_range=self.weight_range,
