@@ -40,7 +40,7 @@ from onnxq.passes.insertion import Editor, WeightMethod
 from onnxq.passes.ops import OPS
 from onnxq.passes.placement import RULE, Placement, place
 from onnxq.passes.ranges import activation_params, remembered_ranges
-from onnxq.passes.sensitive import graph_rules, range_rules
+from onnxq.passes.sensitive import graph_rules, range_rules, slight_gains
 from onnxq.passes.work import macs
 from onnxq.statistics import Histogram, Method
 from onnxq.targets import Target
@@ -123,7 +123,8 @@ class QuantizeStatic:
             model, target, choices, activations=self.activations, weights=self.weights,
             granularity=self.granularity, group_size=self.group_size,
         )  # fmt: skip
-        floats = {} if target.floats is not None else graph_rules(model, macs(model, shapes))
+        work = macs(model, shapes)
+        floats = {} if target.floats is not None else graph_rules(model, work)
         floats = {k: v for k, v in floats.items() if k not in formats.asked} | dict(formats.floats)
         chosen = partial(
             place,
@@ -134,6 +135,9 @@ class QuantizeStatic:
             asked=formats.asked | formats.simulated,
         )
         placement = chosen(floats)
+        if target.costs is not None and target.floats is None and not formats.asked:
+            floats |= slight_gains(placement, work)
+            placement = chosen(floats)
         if self.ranges_from == "batchnorm":
             model.infer_shapes()
             held = expected(model)

@@ -44,13 +44,13 @@ class QuantizeWeights:
     format: an integer format or a float8. granularity: one scale a tensor, channel or group of
     `group_size`. symmetric: no zero points. levels: use only so many integers. range: how scales
     are chosen; importance weighs errors by the mean squares of what the weight is multiplied with,
-    seen in samples. rounding: half to even; stochastic by `seed`; balanced in convolutions, so
-    that errors cancel (`numerics.balancing`). encoding: compute takes a kernel for integer weights
-    wherever the target has one, auto where it is also faster, storage never. recurrent_group: in
-    LSTM, GRU and RNN, whose errors add up from step to step, so many values share a scale instead
-    of a channel's (0: a channel's). wide_share: the smallest weights, together so large a part of
-    all, get 16 bits in place of 8: layers of few weights show each step. layers: overrides for
-    single layers, "PATTERN=FORMAT", the last match wins.
+    seen in samples (mse where rounding is balanced). rounding: half to even; stochastic by `seed`;
+    balanced in convolutions, so that errors cancel (`numerics.balancing`). encoding: compute takes
+    a kernel for integer weights wherever the target has one, auto where it is also faster, storage
+    never. recurrent_group: in LSTM, GRU and RNN, whose errors add up from step to step, so many
+    values share a scale instead of a channel's (0: a channel's). wide_share: the smallest weights,
+    together so large a part of all, get 16 bits in place of 8: layers of few weights show each
+    step. layers: overrides for single layers, "PATTERN=FORMAT", the last match wins.
     """
 
     format: str = "int8"
@@ -136,9 +136,9 @@ class _Work:
         jobs, spared = self.options.plan.jobs(self.model, self.options.samples, NAME)
         self.notes += spared
         importance: Importance = {}
-        if self.options.range == "importance" and jobs:
-            held = [(job.weight.node, job.weight.held) for job in jobs]
-            importance = observed(self.model, held, self.options.samples, self.options.progress)
+        weighed = [(j.weight.node, j.weight.held) for j in jobs if self._is_weighed(j)]
+        if weighed:
+            importance = observed(self.model, weighed, self.options.samples, self.options.progress)
         self._store_all(jobs, importance)
         if any(note.changed for note in self.notes):
             self.model.sweep()
@@ -165,14 +165,23 @@ class _Work:
             return number
         return id(job.weight.tensor), job.weight.held.key, job.scheme.format
 
+    def _is_balanced(self, job: Job) -> bool:
+        return self.options.rounding == "balanced" and job.weight.node.op in CONVOLUTIONS
+
+    def _is_weighed(self, job: Job) -> bool:
+        """Where errors are to cancel, each counts as much."""
+        return self.options.range == "importance" and not self._is_balanced(job)
+
     def _source(self, job: Job, number: int, importance: Importance) -> Source:
         options, node, held = self.options, job.weight.node, job.weight.held
         squares, method = importance.get((id(node), held.index)), options.range
         if method == "importance" and squares is None:
             method = "mse"
         rounding = options.rounding
-        if rounding == "balanced" and node.op not in CONVOLUTIONS:
+        if rounding == "balanced" and not self._is_balanced(job):
             rounding = "even"
+        if rounding == "balanced" and method == "importance":
+            method = "mse"
         return Source(
             job.weight.tensor, held, job.scheme, method, rounding, options.seed + number, squares
         )
@@ -186,6 +195,7 @@ class _Work:
             node.inputs[weight.held.index] = dequantized(self.model, node, tensor, packed)
             if node.op == "Gemm":
                 node.attrs.pop("transB", None)
-        ranges = "" if method == self.options.range else f", {method}: its input was not observed"
+        is_blind = self._is_weighed(job) and method != "importance"
+        ranges = f", {method}: its input was not observed" if is_blind else ""
         text = f"{told(weight.held, job.scheme)}, {job.encoding}{job.remark}{ranges}"
         self.notes.append(Note(NAME, weight.node.name, text))

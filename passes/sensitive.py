@@ -61,6 +61,8 @@ SCORES = frozenset(
 )
 # Share of the multiply-accumulates that an output layer may have to be kept float.
 OUTPUT_SHARE = 0.1
+# Share of the multiply-accumulates that integers have to take over, or nothing gets faster.
+LEAST_SHARE = 0.05
 # A part of a Concat whose range is smaller than this share of the whole keeps under 4 of 8 bits.
 TAIL = 1 / 16
 
@@ -248,6 +250,15 @@ def output_convolutions(model: Model) -> list[gs.Node]:
 
 def _is_layer(node: gs.Node, index: int) -> bool:
     return node.op in ("LSTM", "GRU", "RNN") or (node.op in OPS and OPS[node.op].role == "linear")
+
+
+def slight_gains(placement: Placement, macs: Mapping[int, float]) -> Floats:
+    """All nodes, where integers would do hardly any of the work: that costs more than it brings."""
+    share = sum(macs.get(key, 0.0) for key in placement.nodes) / (sum(macs.values()) or 1.0)
+    if share >= LEAST_SHARE:
+        return {}
+    text = f"integers could do only {share:.1%} of the work: not worth their steps"
+    return dict.fromkeys(placement.nodes, text)
 
 
 def range_rules(
