@@ -30,7 +30,15 @@ from onnxq.numerics.equalization import (
     read_by,
     touches,
 )
-from onnxq.passes.channels import Layer, Network, bias_row, from_matrices, matrices, network
+from onnxq.passes.channels import (
+    Layer,
+    Network,
+    bias_row,
+    channel_axis,
+    from_matrices,
+    matrices,
+    network,
+)
 from onnxq.passes.formats import Granularity
 from onnxq.passes.linear import constant, rewrite
 from onnxq.passes.moments import GUESSED, Moments, moments, of
@@ -105,16 +113,16 @@ def _linear(layer: Layer, found: dict[int, Moments]) -> Linear:
     node = layer.node
     weight = matrices(node, constant(node, 1))
     groups, outputs, inputs, positions = weight.shape
-    axis = 1 if node.op in ("Conv", "ConvTranspose") else len(node.inputs[0].shape or (0, 0)) - 1
-    data = of(node.inputs[0], found).spread(axis, groups * inputs)
-    axis = 1 if node.op in ("Conv", "ConvTranspose") else len(node.outputs[0].shape or (0, 0)) - 1
-    made = of(node.outputs[0], found).spread(axis, groups * outputs)
+    data, made = (
+        of(t, found).spread(channel_axis(node, t), groups * count)
+        for t, count in ((node.inputs[0], inputs), (node.outputs[0], outputs))
+    )
     split = (groups, inputs)
     return Linear(
         layer.inputs,
         layer.outputs,
         np.abs(weight).max(3),
-        np.square(weight).sum(3),
+        np.square(weight, dtype=np.float64).sum(3),
         positions,
         data.lo.reshape(split),
         data.hi.reshape(split),

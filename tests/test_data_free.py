@@ -135,6 +135,22 @@ def test_folding_keeps_what_was_known_of_inputs_too() -> None:
     }
 
 
+@pytest.mark.parametrize(("mean", "names"), [(1.0, {"x", "a", "y"}), (np.nan, set())])
+def test_inputs_that_were_normalized_are_known(mean: float, names: set[str]) -> None:
+    text = (
+        '<ir_version: 8, opset_import: ["": 17]> g (float[N, 2, 4, 4] x) => (float[N, 1, 4, 4] y)'
+        " <float[2] g = {1.0, 2.0}, float[2] e = {0.0, 1.0}, float[2] s = {4.0, 9.0}, float[1, 2, 1, 1] w = {1.0, 1.0}>"
+        " { n = BatchNormalization(x, g, e, m, s) a = Conv(n, w) y = Relu(a) }"
+    )
+    proto = parser.parse_model(text)
+    means = np.array([mean, -1.0], np.float32)
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(means, "m"))
+    model = Model.from_proto(proto).copy()
+    fold_batchnorm(model)
+    model.infer_shapes()
+    assert set(expected(model)) == names
+
+
 def test_ranges_without_data_come_near_those_with() -> None:
     proto = trained("h = Conv<pads=[1,1,1,1]>(o, u) i = Relu(o) y = Conv(i, z)",
                     more={"z": np.random.default_rng(1).normal(size=(8, 32, 1, 1)), "u": np.ones((1, 32, 3, 3))})  # fmt: skip
