@@ -28,7 +28,7 @@ from onnxq.passes.channel_moves import MOVED, Channels, Labels, aligned, sizes
 from onnxq.passes.linear import LINEAR, bias_of, constant, outputs_of
 from onnxq.passes.ops import clamp_bounds
 
-FIXED = 0
+FIXED = 0  # numbers of labels: the least of those that are joined
 # Operators that a positive factor for each channel goes through: one input, as many channels.
 THROUGH = frozenset(("Relu", "LeakyRelu", "PRelu", "Abs", "Neg", "Identity", "Dropout", "Cast"))
 POOLS = frozenset(
@@ -61,7 +61,7 @@ class Shift:
 
 @dataclass(frozen=True, slots=True)
 class Network:
-    """The labels of a model's channels. tensors: by id; kept: why labels are FIXED, by node."""
+    """The labels of a model's channels: tensors by id, and why nodes hold theirs FIXED."""
 
     layers: tuple[Layer, ...]
     shifts: tuple[Shift, ...]
@@ -205,12 +205,15 @@ class _Labeller:
         rule = self.rule_of(node)
         made = None if rule is None or node.domain not in (None, "", "ai.onnx") else rule(node)
         if made is None:
-            for tensor in labelled:
-                self.hold(self.known(tensor))
+            held = [c for c in map(self.known, labelled) if c is not None]
+            if rule is not None and any(self.find(int(v)) for c in held for v in c.labels):
+                self.declined.append(Note(self.rule, node.name, _why(node), changed=False))
+            for channels in held:
+                self.hold(channels)
             return
-        for tensor, channels in zip(node.outputs, made, strict=False):
-            if channels is not None and tensor.name:
-                self.give(tensor, channels)
+        for tensor, given in zip(node.outputs, made, strict=False):
+            if given is not None and tensor.name:
+                self.give(tensor, given)
 
     def rule_of(
         self, node: gs.Node
@@ -347,6 +350,13 @@ def _is_homogeneous(clip: gs.Node) -> bool:
     """Whether a Clip commutes with a positive factor: its bounds are 0 or none at all."""
     bounds = clamp_bounds(clip)
     return bounds is not None and all(b == 0 or np.isinf(b) for b in bounds)
+
+
+def _why(node: gs.Node) -> str:
+    """Why a node that lets factors through in other places does not here."""
+    if node.op == "Clip":
+        return "its bounds are not 0, and would have to move with the channels"
+    return f"{node.op} does not let factors through as it is here"
 
 
 def _slopes_fit(node: gs.Node) -> bool:

@@ -5,7 +5,8 @@
 with a factor s > 0 for each channel: the same function, in floats. The factors are those of
 `onnxq.numerics.equalization`; which channels have one together is found in `channels`: over chains
 of any length, through Relu, LeakyRelu, PRelu, pooling, data movement, sums and joins. Not through
-Clip with other bounds than 0: those would have to move with the channel.
+Clip with other bounds than 0 (Relu6): those would have to move with the channel, as a Min in floats
+between layers that are one integer kernel otherwise; the paper takes the bound away.
 
 Factors of a group of channels are kept where the predicted noise of rounding to 8 bits falls, from
 the ranges of inputs and of weights.

@@ -19,6 +19,7 @@ from onnxq.passes import CorrectBias, QuantizeStatic, absorb_bias, cleanup, fold
 from onnxq.passes.data_free import expected
 from onnxq.passes.moments import DERIVED, GUESSED, KNOWN, moments
 from onnxq.sampling import NO_SAMPLES
+from onnxq.schemes import QParams
 from onnxq.targets import load_target
 
 CPU = load_target("ort-cpu")
@@ -293,6 +294,14 @@ def test_where_high_biases_stay(tail: str, reason: str) -> None:
     notes = absorb_bias(model)
     assert not any(n.changed for n in notes)
     assert any(reason in n.text for n in notes)
+
+
+def test_high_biases_stay_where_ranges_are_known() -> None:
+    model = high("h = Relu(o) y = Conv(h, z)", {"z": np.ones((8, 32, 1, 1))})
+    model.ranges["h"] = (QParams(np.float32(0.1), np.uint8(0)),)
+    notes = absorb_bias(model)
+    assert notes[-1].text == "its range is one that the model had before"
+    assert not any(n.changed for n in notes)
 
 
 def test_low_biases_are_not_worth_it() -> None:

@@ -190,6 +190,16 @@ def test_shared_weights_and_halves_stay() -> None:
     ]
 
 
+def test_what_holds_channels_is_told() -> None:
+    body = f"six = Constant<value_float=6.0>() zero = Constant<value_float=0.0>() {FIRST} h = Clip(a, zero, six) {SECOND}"
+    notes = EqualizeLayers()(Model.from_proto(net(body, PAIR)))
+    assert [n.text for n in notes] == [
+        "its bounds are not 0, and would have to move with the channels"
+    ]
+    body = f"{FIRST} h = Softmax<axis=1>(a) e = PRelu(h, slope) {SECOND}"
+    assert not EqualizeLayers()(Model.from_proto(net(body, PAIR | {"slope": [8, 1, 1]})))
+
+
 def test_ranges_from_before_hold_channels() -> None:
     model = Model.from_proto(net(f"{FIRST} h = Relu(a) {SECOND}", PAIR))
     model.ranges["h"] = (QParams(np.float32(0.1), np.uint8(0)),)
