@@ -298,7 +298,7 @@ def test_where_high_biases_stay(tail: str, reason: str) -> None:
 
 def test_high_biases_stay_where_ranges_are_known() -> None:
     model = high("h = Relu(o) y = Conv(h, z)", {"z": np.ones((8, 32, 1, 1))})
-    model.ranges["h"] = (QParams(np.float32(0.1), np.uint8(0)),)
+    model.ranges["h"] = (QParams(np.array(0.1, np.float32), np.array(0, np.uint8)),)
     notes = absorb_bias(model)
     assert notes[-1].text == "its range is one that the model had before"
     assert not any(n.changed for n in notes)

@@ -202,7 +202,7 @@ def test_what_holds_channels_is_told() -> None:
 
 def test_ranges_from_before_hold_channels() -> None:
     model = Model.from_proto(net(f"{FIRST} h = Relu(a) {SECOND}", PAIR))
-    model.ranges["h"] = (QParams(np.float32(0.1), np.uint8(0)),)
+    model.ranges["h"] = (QParams(np.array(0.1, np.float32), np.array(0, np.uint8)),)
     assert not EqualizeLayers(always=True)(model)
 
 

@@ -32,7 +32,7 @@ Values = NDArray[np.float64]
 Labels = NDArray[np.int64]
 
 SWEEPS = 100
-CLOSE = 1e-2  # of log2 of a factor, where it moves no more
+CLOSE = 1e-3  # of log2 of a factor, where it moves no more
 DEAD = 2.0**-20  # of the greatest in a group: a weight below tells nothing of its channel
 LARGEST = 16.0  # log2 of a factor
 WEIGHT_LEVELS, LEVELS = 127.0, 255.0
