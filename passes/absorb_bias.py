@@ -49,6 +49,8 @@ def absorb_bias(model: Model, relu: gs.Node) -> str | None:
     top, after = (float((m + SIGMAS * deviation).max()) for m in (mean, mean - taken))
     if after > (1 - LEAST) * top:
         raise Skip(f"its range would shrink by {100 * (1 - after / top):.0f} % only")
+    if {source.name, result.name} & model.ranges.keys():
+        raise Skip("its range is one that the model had before")
     behind = _behind(model, result)
     only_reader(model, source, relu)
     check_layer(before)

@@ -28,7 +28,7 @@ from onnxq.passes.channel_moves import MOVED, Channels, Labels, aligned, sizes
 from onnxq.passes.linear import LINEAR, bias_of, constant, outputs_of
 from onnxq.passes.ops import clamp_bounds
 
-FIXED = 0
+FIXED = 0  # numbers of labels: the least of those that are joined
 # Operators that a positive factor for each channel goes through: one input, as many channels.
 THROUGH = frozenset(("Relu", "LeakyRelu", "PRelu", "Abs", "Neg", "Identity", "Dropout", "Cast"))
 POOLS = frozenset(
@@ -61,7 +61,7 @@ class Shift:
 
 @dataclass(frozen=True, slots=True)
 class Network:
-    """The labels of a model's channels. tensors: by id; kept: why labels are FIXED, by node."""
+    """The labels of a model's channels: tensors by id, and why nodes hold theirs FIXED."""
 
     layers: tuple[Layer, ...]
     shifts: tuple[Shift, ...]
@@ -75,18 +75,19 @@ def network(model: Model, rule: str) -> Network:
     return _Labeller(model, rule).done()
 
 
-def matrices(node: gs.Node, weight: NDArray[Any]) -> NDArray[np.float64]:
-    """A layer's weight as [groups, outputs, inputs, kernel positions]."""
-    wide = weight.astype(np.float64)
-    groups = int(node.attrs.get("group", 1)) if node.op in ("Conv", "ConvTranspose") else 1
-    if node.op == "Conv":
-        return wide.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
-    if node.op == "ConvTranspose":
-        split = wide.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
-        return split.swapaxes(1, 2)
-    if node.op == "Gemm" and node.attrs.get("transB", 0):
-        return wide[None, :, :, None]
-    return np.asarray(wide.T[None, :, :, None])
+def matrices(node: gs.Node, weight: NDArray[Any]) -> NDArray[Any]:
+    """A layer's weight as [groups, outputs, inputs, kernel positions]; no copy.
+
+    Raises Skip for a MatMul of several matrices, or of a vector.
+    """
+    if node.op in ("Conv", "ConvTranspose"):
+        groups = int(node.attrs.get("group", 1))
+        split = weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
+        return split if node.op == "Conv" else split.swapaxes(1, 2)
+    if weight.ndim != 2:
+        raise Skip("its weight is not one matrix")
+    is_transposed = node.op == "Gemm" and node.attrs.get("transB", 0)
+    return (weight if is_transposed else weight.T)[None, :, :, None]
 
 
 def from_matrices(node: gs.Node, found: NDArray[np.float64], like: NDArray[Any]) -> NDArray[Any]:
@@ -96,6 +97,11 @@ def from_matrices(node: gs.Node, found: NDArray[np.float64], like: NDArray[Any])
     elif node.op == "MatMul" or (node.op == "Gemm" and not node.attrs.get("transB", 0)):
         found = found[0, :, :, 0].T
     return np.ascontiguousarray(found.reshape(like.shape).astype(like.dtype))
+
+
+def channel_axis(node: gs.Node, tensor: gs.Tensor) -> int:
+    """The axis of a layer's input or output that its channels are along; -1 where not known."""
+    return 1 if node.op in ("Conv", "ConvTranspose") else len(tensor.shape or ()) - 1
 
 
 def bias_row(node: gs.Node, outputs: int) -> NDArray[np.float64] | None:
@@ -114,8 +120,6 @@ def check_layer(node: gs.Node) -> None:
     """Raise Skip for a layer whose weight cannot be changed on its own."""
     weight = node.inputs[1]
     values = constant(node, 1)
-    if node.op == "MatMul" and values.ndim != 2:
-        raise Skip("its weight is not one matrix")
     if node.op == "Gemm" and node.attrs.get("transA", 0):
         raise Skip("it transposes its input")
     if values.dtype.itemsize < 4:
@@ -170,6 +174,8 @@ class _Labeller:
 
     def give(self, tensor: gs.Tensor, channels: Channels) -> None:
         self.of[id(tensor)] = tensor, channels
+        if tensor.name in self.model.ranges:  # as its channels are
+            self.hold(channels)
 
     def done(self) -> Network:
         """All labels, numbered without gaps."""
@@ -199,12 +205,15 @@ class _Labeller:
         rule = self.rule_of(node)
         made = None if rule is None or node.domain not in (None, "", "ai.onnx") else rule(node)
         if made is None:
-            for tensor in labelled:
-                self.hold(self.known(tensor))
+            held = [c for c in map(self.known, labelled) if c is not None]
+            if rule is not None and any(self.find(int(v)) for c in held for v in c.labels):
+                self.declined.append(Note(self.rule, node.name, _why(node), changed=False))
+            for channels in held:
+                self.hold(channels)
             return
-        for tensor, channels in zip(node.outputs, made, strict=False):
-            if channels is not None and tensor.name:
-                self.give(tensor, channels)
+        for tensor, given in zip(node.outputs, made, strict=False):
+            if given is not None and tensor.name:
+                self.give(tensor, given)
 
     def rule_of(
         self, node: gs.Node
@@ -225,26 +234,22 @@ class _Labeller:
             return False
         try:
             check_layer(node)
+            groups, outputs, inputs, _ = matrices(node, constant(node, 1)).shape
         except Skip as reason:
             self.declined.append(Note(self.rule, node.name, str(reason), changed=False))
             return False
-        data, shape = node.inputs[0], matrices(node, constant(node, 1)).shape
-        groups, outputs, inputs, _ = shape
-        out = node.outputs[0]
-        rank = {"Conv": 0, "ConvTranspose": 0}.get(node.op, len(out.shape or ()))
-        axis = 1 if rank == 0 else rank - 1
-        first = len(self.parent)
-        labels = np.arange(first, first + groups * outputs)
-        self.parent += range(first, first + groups * outputs)
-        if rank or node.op in ("Conv", "ConvTranspose"):
+        data, out = node.inputs[0], node.outputs[0]
+        labels = np.zeros(groups * outputs, np.int64)
+        if (axis := channel_axis(node, out)) >= 0:
+            labels = np.arange(len(self.parent), len(self.parent) + labels.size)
+            self.parent += labels.tolist()
             self.give(out, Channels(axis, labels))
-        else:
-            labels = np.zeros(groups * outputs, np.int64)
-        before = self.known(data)
-        last = 1 if node.op in ("Conv", "ConvTranspose") else len(data.shape or ()) - 1
-        if before is None or before.axis != last or before.labels.size != groups * inputs:
+        before, taken = self.known(data), np.zeros(groups * inputs, np.int64)
+        if before is None or (before.axis, before.labels.size) != (
+            channel_axis(node, data),
+            taken.size,
+        ):
             self.hold(before)
-            taken = np.zeros(groups * inputs, np.int64)
         else:
             taken = before.labels
         for tensor in node.inputs[2:]:
@@ -264,8 +269,8 @@ class _Labeller:
             return None
         if node.op == "PRelu" and not _slopes_fit(node):
             return None
-        if node.op == "Cast" and np.dtype(node.outputs[0].dtype or np.int8).kind != "f":
-            return None
+        if node.op == "Cast" and node.outputs[0].dtype not in (np.float32, np.float64):
+            return None  # factors could take a channel out of what 16 bits can be
         return [channels]
 
     def together(self, node: gs.Node) -> Sequence[Channels | None] | None:
@@ -279,6 +284,8 @@ class _Labeller:
         if rank == 0 or any(c.axis != first.axis for c in known):
             return None
         if any(c.labels.size not in (1, first.labels.size) for c in known):
+            return None
+        if sizes(node.outputs[0])[first.axis] != first.labels.size:
             return None
         shifts = []
         for index, tensor in enumerate(node.inputs):
@@ -343,6 +350,13 @@ def _is_homogeneous(clip: gs.Node) -> bool:
     """Whether a Clip commutes with a positive factor: its bounds are 0 or none at all."""
     bounds = clamp_bounds(clip)
     return bounds is not None and all(b == 0 or np.isinf(b) for b in bounds)
+
+
+def _why(node: gs.Node) -> str:
+    """Why a node that lets factors through in other places does not here."""
+    if node.op == "Clip":
+        return "its bounds are not 0, and would have to move with the channels"
+    return f"{node.op} does not let factors through as it is here"
 
 
 def _slopes_fit(node: gs.Node) -> bool:

@@ -25,6 +25,7 @@ def expected(model: Model) -> dict[str, Histogram]:
     """
     found = moments(model)
     tensors = {id(t): t for node in model.nodes() for t in node.outputs}
+    tensors |= {id(t): t for t in model.graph.inputs}
     return {
         tensors[key].name: one.histogram()
         for key, one in found.items()

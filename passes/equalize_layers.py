@@ -5,7 +5,8 @@
 with a factor s > 0 for each channel: the same function, in floats. The factors are those of
 `onnxq.numerics.equalization`; which channels have one together is found in `channels`: over chains
 of any length, through Relu, LeakyRelu, PRelu, pooling, data movement, sums and joins. Not through
-Clip with other bounds than 0: those would have to move with the channel.
+Clip with other bounds than 0 (Relu6): those would have to move with the channel, as a Min in floats
+between layers that are one integer kernel otherwise; the paper takes the bound away.
 
 Factors of a group of channels are kept where the predicted noise of rounding to 8 bits falls, from
 the ranges of inputs and of weights.
@@ -22,15 +23,23 @@ from numpy.typing import NDArray
 from onnxq.core import Note
 from onnxq.model import Model, values_of
 from onnxq.numerics.equalization import (
+    Group,
     Linear,
     equalized,
+    gains_db,
     groups_of,
     kept,
-    noise,
     read_by,
-    touches,
 )
-from onnxq.passes.channels import Layer, Network, bias_row, from_matrices, matrices, network
+from onnxq.passes.channels import (
+    Layer,
+    Network,
+    bias_row,
+    channel_axis,
+    from_matrices,
+    matrices,
+    network,
+)
 from onnxq.passes.formats import Granularity
 from onnxq.passes.linear import constant, rewrite
 from onnxq.passes.moments import GUESSED, Moments, moments, of
@@ -80,22 +89,21 @@ class EqualizeLayers:
             return net.declined
         found = moments(model)
         linear = [_linear(layer, found) for layer in layers]
-        groups = [g for g in groups_of(linear, net.count) if _has_both(linear, g)]
+        groups = groups_of(linear, net.count)
         s = equalized(linear, groups, net.count)
         for group in groups:
-            if np.abs(s[group]).max() < EQUAL:
-                s[group] = 0.0
-        least = [_least(layers, linear, group, found) for group in groups]
+            if np.abs(s[group.labels]).max() < EQUAL:
+                s[group.labels] = 0.0
+        least = [_least(layers, group, found) for group in groups]
         chosen = s if self.always else kept(linear, groups, s, least, WHOLE[self.granularity])
         notes: list[Note] = []
         for group in groups:
-            if not s[group].any():
-                continue
-            near = [i for i, v in enumerate(linear) if touches(v, group)]
-            is_done = bool(chosen[group].any())
-            text = _told(linear, near, group, chosen if is_done else s)
-            text += "" if is_done else ": left as it is"
-            notes.append(Note(NAME, layers[near[0]].node.name, text, changed=is_done))
+            if s[group.labels].any():
+                is_done = bool(chosen[group.labels].any())
+                text = _told(linear, group, chosen if is_done else s)
+                text += "" if is_done else ": left as it is"
+                first = layers[group.near[0]].node
+                notes.append(Note(NAME, first.name, text, changed=is_done))
         if chosen.any():
             _apply(model, net, layers, np.exp2(chosen))
         return [*notes, *net.declined]
@@ -105,16 +113,16 @@ def _linear(layer: Layer, found: dict[int, Moments]) -> Linear:
     node = layer.node
     weight = matrices(node, constant(node, 1))
     groups, outputs, inputs, positions = weight.shape
-    axis = 1 if node.op in ("Conv", "ConvTranspose") else len(node.inputs[0].shape or (0, 0)) - 1
-    data = of(node.inputs[0], found).spread(axis, groups * inputs)
-    axis = 1 if node.op in ("Conv", "ConvTranspose") else len(node.outputs[0].shape or (0, 0)) - 1
-    made = of(node.outputs[0], found).spread(axis, groups * outputs)
+    data, made = (
+        of(t, found).spread(channel_axis(node, t), groups * count)
+        for t, count in ((node.inputs[0], inputs), (node.outputs[0], outputs))
+    )
     split = (groups, inputs)
     return Linear(
         layer.inputs,
         layer.outputs,
         np.abs(weight).max(3),
-        np.square(weight).sum(3),
+        np.square(weight, dtype=np.float64).sum(3),
         positions,
         data.lo.reshape(split),
         data.hi.reshape(split),
@@ -123,44 +131,19 @@ def _linear(layer: Layer, found: dict[int, Moments]) -> Linear:
     )
 
 
-def _least(
-    layers: Sequence[Layer],
-    linear: Sequence[Linear],
-    group: NDArray[np.int64],
-    found: dict[int, Moments],
-) -> float:
-    """The gain that a group has to bring."""
-    trusts = [
-        of(layer.node.inputs[0], found).trust
-        for layer, v in zip(layers, linear, strict=True)
-        if np.isin(v.inputs, group).any()
-    ]
-    return GUESSED_GAIN_DB if min(trusts, default=GUESSED) == GUESSED else GAIN_DB
+def _least(layers: Sequence[Layer], group: Group, found: dict[int, Moments]) -> float:
+    """The gain that a group has to bring, in dB."""
+    trusts = [of(layers[i].node.inputs[0], found).trust for i in group.readers]
+    return GUESSED_GAIN_DB if min(trusts) == GUESSED else GAIN_DB
 
 
-def _has_both(linear: Sequence[Linear], group: NDArray[np.int64]) -> bool:
-    """Whether the group has layers on either side."""
-    return any(np.isin(v.outputs, group).any() for v in linear) and any(
-        np.isin(v.inputs, group).any() for v in linear
-    )
-
-
-def _told(
-    linear: Sequence[Linear], near: Sequence[int], group: NDArray[np.int64], s: NDArray[np.float64]
-) -> str:
-    """What is predicted of the layers on either side, in dB."""
-    without, worth = s.copy(), read_by(linear, len(s))
-    without[group] = 0.0
-    around = [linear[i] for i in near]
-    (channel, whole), (channel_after, whole_after) = (
-        [-10 * np.log10(v + 1e-30).mean() for v in noise(around, factors, worth)]
-        for factors in (without, s)
-    )
-    spread = float(s[group].max() - s[group].min())
+def _told(linear: Sequence[Linear], group: Group, s: NDArray[np.float64]) -> str:
+    """How far factors go, and what they are predicted to bring."""
+    channel, whole = gains_db(linear, group, s, read_by(linear, len(s)))
+    spread = float(np.ptp(s[group.labels]))
     return (
-        f"{len(group)} channels between {len(near)} layers, factors within 2^{spread:.1f}: "
-        f"predicted {channel:.1f} to {channel_after:.1f} dB by channel, "
-        f"{whole:.1f} to {whole_after:.1f} dB by tensor"
+        f"{len(group.labels)} channels between {len(group.near)} layers, factors within "
+        f"2^{spread:.1f}: predicted {channel:+.1f} dB by channel, {whole:+.1f} dB by tensor"
     )
 
 

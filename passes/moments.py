@@ -24,7 +24,7 @@ from onnxq.model import Model, producer, values_of
 from onnxq.numerics import histograms
 from onnxq.passes.activations import EVALUATE
 from onnxq.passes.channel_moves import MOVED, Channels, sizes
-from onnxq.passes.channels import bias_row, matrices
+from onnxq.passes.channels import bias_row, channel_axis, matrices
 from onnxq.passes.linear import LINEAR, constant, outputs_of
 from onnxq.statistics import Histogram
 
@@ -111,21 +111,23 @@ GUESS = Moments.normal(None, np.zeros(1), np.ones(1), GUESSED)
 
 def moments(model: Model) -> dict[int, Moments]:
     """Distributions of all float tensors that are not constant, by tensor id."""
-    found: dict[int, Moments] = {}
+    found = {id(t): _remembered(model, t) for t in model.graph.inputs if t.name in model.moments}
     for graph in model.graphs():
         sort(graph)
         for node in graph.nodes:
-            made = _made(model, node, found)
+            made = _made(node, found)
             for i, tensor in enumerate(node.outputs):
-                known = model.moments.get(tensor.name)
-                if known is not None:
-                    axis = 1 if node.op in ("Conv", "ConvTranspose") or not tensor.shape else -1
-                    axis = axis % max(len(tensor.shape or ()), 2)
-                    mean, deviation = (np.asarray(v, np.float64) for v in known)
-                    found[id(tensor)] = Moments.normal(axis, mean, deviation, KNOWN)
+                if tensor.name in model.moments:
+                    found[id(tensor)] = _remembered(model, tensor)
                 elif made:
                     found[id(tensor)] = made[min(i, len(made) - 1)]
-    return found
+    return {key: one for key, one in found.items() if np.isfinite(one.points).all()}
+
+
+def _remembered(model: Model, tensor: gs.Tensor) -> Moments:
+    """Of a BatchNormalization, whose channels are along axis 1."""
+    mean, deviation = (np.asarray(v, np.float64) for v in model.moments[tensor.name])
+    return Moments.normal(1, mean, deviation, KNOWN)
 
 
 def of(tensor: gs.Tensor, found: dict[int, Moments]) -> Moments:
@@ -133,7 +135,7 @@ def of(tensor: gs.Tensor, found: dict[int, Moments]) -> Moments:
     return found.get(id(tensor), GUESS)
 
 
-def _made(model: Model, node: gs.Node, found: dict[int, Moments]) -> list[Moments]:
+def _made(node: gs.Node, found: dict[int, Moments]) -> list[Moments]:
     """Distributions of a node's outputs; none where nothing can be said."""
     if not node.inputs:
         return []
@@ -165,14 +167,12 @@ def _linear(node: gs.Node, found: dict[int, Moments]) -> list[Moments]:
         bias = bias_row(node, outputs_of(node))
     except (Skip, ValueError):
         return []
-    is_conv = node.op in ("Conv", "ConvTranspose")
-    axis = 1 if is_conv else len(node.inputs[0].shape or (0, 0)) - 1
+    axis, out = (channel_axis(node, t) for t in (node.inputs[0], node.outputs[0]))
     data = of(node.inputs[0], found).spread(axis, groups * inputs)
     weight = weight * float(node.attrs.get("alpha", 1.0) if node.op == "Gemm" else 1.0)
     mean = np.einsum("goik,gi->go", weight, data.mean.reshape(groups, inputs)).reshape(-1)
     variance = np.einsum("goik,gi->go", weight**2, data.variance.reshape(groups, inputs))
     mean = mean if bias is None else mean + bias
-    out = 1 if is_conv else len(node.outputs[0].shape or (0, 0)) - 1
     return [Moments.normal(out, mean, np.sqrt(variance).reshape(-1), max(data.trust - 1, 0))]
 
 

@@ -19,6 +19,7 @@ from onnxq.passes import CorrectBias, QuantizeStatic, absorb_bias, cleanup, fold
 from onnxq.passes.data_free import expected
 from onnxq.passes.moments import DERIVED, GUESSED, KNOWN, moments
 from onnxq.sampling import NO_SAMPLES
+from onnxq.schemes import QParams
 from onnxq.targets import load_target
 
 CPU = load_target("ort-cpu")
@@ -133,6 +134,22 @@ def test_folding_keeps_what_was_known_of_inputs_too() -> None:
     assert {k: [v.tolist() for v in p] for k, p in model.moments.items()} == {
         "r": [[3.0, -1.0], [2.0, 3.0]]
     }
+
+
+@pytest.mark.parametrize(("mean", "names"), [(1.0, {"x", "a", "y"}), (np.nan, set())])
+def test_inputs_that_were_normalized_are_known(mean: float, names: set[str]) -> None:
+    text = (
+        '<ir_version: 8, opset_import: ["": 17]> g (float[N, 2, 4, 4] x) => (float[N, 1, 4, 4] y)'
+        " <float[2] g = {1.0, 2.0}, float[2] e = {0.0, 1.0}, float[2] s = {4.0, 9.0}, float[1, 2, 1, 1] w = {1.0, 1.0}>"
+        " { n = BatchNormalization(x, g, e, m, s) a = Conv(n, w) y = Relu(a) }"
+    )
+    proto = parser.parse_model(text)
+    means = np.array([mean, -1.0], np.float32)
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(means, "m"))
+    model = Model.from_proto(proto).copy()
+    fold_batchnorm(model)
+    model.infer_shapes()
+    assert set(expected(model)) == names
 
 
 def test_ranges_without_data_come_near_those_with() -> None:
@@ -277,6 +294,14 @@ def test_where_high_biases_stay(tail: str, reason: str) -> None:
     notes = absorb_bias(model)
     assert not any(n.changed for n in notes)
     assert any(reason in n.text for n in notes)
+
+
+def test_high_biases_stay_where_ranges_are_known() -> None:
+    model = high("h = Relu(o) y = Conv(h, z)", {"z": np.ones((8, 32, 1, 1))})
+    model.ranges["h"] = (QParams(np.array(0.1, np.float32), np.array(0, np.uint8)),)
+    notes = absorb_bias(model)
+    assert notes[-1].text == "its range is one that the model had before"
+    assert not any(n.changed for n in notes)
 
 
 def test_low_biases_are_not_worth_it() -> None:

@@ -13,6 +13,8 @@ from onnxq.model import Model, values_of
 from onnxq.numerics.metrics import sqnr_db
 from onnxq.passes import EqualizeLayers, cleanup
 from onnxq.passes.channels import FIXED, network
+from onnxq.passes.moments import moments
+from onnxq.schemes import QParams
 from onnxq.testing import check
 
 IMAGE, ROWS = "float[N, 6, 8, 8] x", "float[N, 5, 6] x"
@@ -135,6 +137,12 @@ def test_ranges_of_a_pair_become_those_of_the_paper() -> None:
 
 
 STAYS = [
+    pytest.param(f"{FIRST} h = Cast<to=10>(a) r = Cast<to=1>(h) y4 = Conv(r, v)", {"w": [8, 6, 3, 3], "b": [8], "v": [4, 8, 1, 1]}, id="in-halves"),
+    pytest.param("i = Constant<value_ints=[3,1]>() a = Conv(x, w) s = Add(a, k) h = Gather<axis=1>(s, i) y4 = Conv(h, v)",
+                 {"w": [1, 6, 1, 1], "k": [4, 1, 1], "v": [4, 2, 1, 1]}, id="sum-of-more-channels"),
+    pytest.param("a = Conv(x, w) s = Add(a, k) e = Conv(x, w2) c = Concat<axis=1>(s, e) i = Constant<value_ints=[0,1,2,3,4]>()"
+                 " h = Gather<axis=1>(c, i) y4 = Conv(h, v)", {"w": [1, 6, 1, 1], "k": [4, 1, 1], "w2": [4, 6, 1, 1], "v": [4, 5, 1, 1]},
+                 id="sum-of-more-channels-joined"),
     pytest.param(f"six = Constant<value_float=6.0>() zero = Constant<value_float=0.0>() {FIRST} h = Clip(a, zero, six) {SECOND}", PAIR, id="relu6"),
     pytest.param(f"{FIRST} h = Sigmoid(a) {SECOND}", PAIR, id="sigmoid"),
     pytest.param(f"{FIRST} s = Sigmoid(a) h = Mul(a, s) {SECOND}", PAIR, id="silu"),
@@ -180,6 +188,28 @@ def test_shared_weights_and_halves_stay() -> None:
     assert [note.text for note in notes] == [
         f"{name} is float16: rounding again would cost more" for name in ("w", "v")
     ]
+
+
+def test_what_holds_channels_is_told() -> None:
+    body = f"six = Constant<value_float=6.0>() zero = Constant<value_float=0.0>() {FIRST} h = Clip(a, zero, six) {SECOND}"
+    notes = EqualizeLayers()(Model.from_proto(net(body, PAIR)))
+    assert [n.text for n in notes] == [
+        "its bounds are not 0, and would have to move with the channels"
+    ]
+    body = f"{FIRST} h = Softmax<axis=1>(a) e = PRelu(h, slope) {SECOND}"
+    assert not EqualizeLayers()(Model.from_proto(net(body, PAIR | {"slope": [8, 1, 1]})))
+
+
+def test_ranges_from_before_hold_channels() -> None:
+    model = Model.from_proto(net(f"{FIRST} h = Relu(a) {SECOND}", PAIR))
+    model.ranges["h"] = (QParams(np.array(0.1, np.float32), np.array(0, np.uint8)),)
+    assert not EqualizeLayers(always=True)(model)
+
+
+def test_a_vector_as_weight_is_declined() -> None:
+    model = Model.from_proto(net("y2 = MatMul(x, v)", {"v": [6]}, ROWS))
+    assert [n.text for n in EqualizeLayers()(model)] == ["its weight is not one matrix"]
+    assert moments(model) == {}
 
 
 def test_runtime_weights_and_bad_biases_are_declined() -> None:

@@ -59,8 +59,25 @@ class Linear:
     made: Values
 
 
-def groups_of(layers: Sequence[Linear], count: int) -> list[Labels]:
-    """Labels that stand side by side in some layer are one group; 0 is in none."""
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Labels that stand side by side in some layer; indices of the layers that make and read them.
+
+    All labels of a layer's outputs that may change are in one group, and all of its inputs.
+    """
+
+    labels: Labels
+    writers: Sequence[int]
+    readers: Sequence[int]
+
+    @property
+    def near(self) -> list[int]:
+        """The layers on either side."""
+        return sorted({*self.writers, *self.readers})
+
+
+def groups_of(layers: Sequence[Linear], count: int) -> list[Group]:
+    """All groups that have layers on both sides; label 0 is in none."""
     parent = list(range(count))
 
     def find(i: int) -> int:
@@ -68,40 +85,48 @@ def groups_of(layers: Sequence[Linear], count: int) -> list[Labels]:
             parent[i] = i = parent[parent[i]]
         return i
 
-    for layer in layers:
-        for labels in (layer.inputs, layer.outputs):
-            free = labels[labels > 0]
-            for label in free[1:]:
-                parent[find(int(label))] = find(int(free[0]))
-    found: dict[int, list[int]] = {}
+    sides = [[v[v > 0] for v in (layer.outputs, layer.inputs)] for layer in layers]
+    for free in (side for both in sides for side in both):
+        for label in free[1:]:
+            parent[find(int(label))] = find(int(free[0]))
+    members: dict[int, list[int]] = {}
     for label in range(1, count):
-        found.setdefault(find(label), []).append(label)
-    return [np.array(v, np.int64) for v in found.values()]
+        members.setdefault(find(label), []).append(label)
+    ends: tuple[dict[int, list[int]], ...] = ({}, {})
+    for index, both in enumerate(sides):
+        for users, free in zip(ends, both, strict=True):
+            if free.size:
+                users.setdefault(find(int(free[0])), []).append(index)
+    writers, readers = ends
+    return [
+        Group(np.array(labels, np.int64), writers[root], readers[root])
+        for root, labels in members.items()
+        if root in writers and root in readers
+    ]
 
 
-def equalized(layers: Sequence[Linear], groups: Sequence[Labels], count: int) -> Values:
+def equalized(layers: Sequence[Linear], groups: Sequence[Group], count: int) -> Values:
     """log2 of the factor of each label."""
     s = np.zeros(count)
-    users = [_users(layers, group) for group in groups]
     for _ in range(SWEEPS):
         moved = 0.0
-        for group, (writers, readers) in zip(groups, users, strict=True):
+        for group in groups:
             made, read = np.zeros(count), np.zeros(count)
-            for layer in writers:
+            for layer in (layers[i] for i in group.writers):
                 np.maximum.at(made, layer.outputs, _scaled(layer, s).max(2))
-            for layer in readers:
+            for layer in (layers[i] for i in group.readers):
                 peaks = _scaled(layer, s).max(1)
                 np.maximum.at(read, layer.inputs, peaks / (peaks.max() or 1.0))
-            a, b = made[group], read[group]
+            a, b = made[group.labels], read[group.labels]
             alive = (a > DEAD * a.max(initial=0)) & (b > DEAD * b.max(initial=0))
             if not alive.any():
                 continue
-            step = np.zeros(len(group))
+            step = np.zeros(len(a))
             step[alive] = np.log2(a[alive] / b[alive]) / 2
             step[alive] -= np.median(step[alive])
-            before = s[group]
-            s[group] = np.clip(before + step, -LARGEST, LARGEST)
-            moved = max(moved, float(np.abs(s[group] - before).max()))
+            before = s[group.labels]
+            s[group.labels] = np.clip(before + step, -LARGEST, LARGEST)
+            moved = max(moved, float(np.abs(s[group.labels] - before).max()))
         if moved < CLOSE:
             break
     return s
@@ -127,7 +152,7 @@ def read_by(layers: Sequence[Linear], count: int) -> Values:
 
 def kept(
     layers: Sequence[Linear],
-    groups: Sequence[Labels],
+    groups: Sequence[Group],
     s: Values,
     least_db: Sequence[float],
     whole: float,
@@ -138,43 +163,33 @@ def kept(
     is of those by channel. The worst goes first, since the others may be better off then.
     """
     s, worth = s.copy(), read_by(layers, len(s))
-    near = [{i for i, layer in enumerate(layers) if touches(layer, g)} for g in groups]
     gains: dict[int, float] = {}
     changed = set(range(len(layers)))
     while True:
         for index, group in enumerate(groups):
-            if s[group].any() and near[index] & changed:
-                around = [layers[i] for i in sorted(near[index])]
-                gains[index] = gain_db(around, group, s, worth, whole)
-        worst = min(gains, key=lambda index: gains[index] - least_db[index], default=None)
-        if worst is None or gains[worst] >= least_db[worst]:
+            if s[group.labels].any() and changed.intersection(group.near):
+                channel, tensor = gains_db(layers, group, s, worth)
+                gains[index] = (1 - whole) * channel + whole * tensor - least_db[index]
+        worst = min(gains, key=lambda index: gains[index], default=None)
+        if worst is None or gains[worst] >= 0:
             return s
-        s[groups[worst]] = 0.0
-        changed = near[worst]
+        s[groups[worst].labels] = 0.0
+        changed = set(groups[worst].near)
         del gains[worst]
 
 
-def gain_db(
-    layers: Sequence[Linear], group: Labels, s: Values, worth: Values, whole: float
-) -> float:
-    """By how much the group's factors lower the noise of layers, on average."""
-    without = s.copy()
-    without[group] = 0.0
-    before, after = (np.stack(noise(layers, f, worth)) for f in (without, s))
-    gains = 10 * np.log10((before + TINY) / (after + TINY)).mean(1)
-    return float((1 - whole) * gains[0] + whole * gains[1])
+def gains_db(
+    layers: Sequence[Linear], group: Group, s: Values, worth: Values
+) -> tuple[float, float]:
+    """By how much a group's factors lower the noise of the layers on either side, on average.
 
-
-def touches(layer: Linear, group: Labels) -> bool:
-    """Whether the layer reads or makes some of the group's channels."""
-    return bool(np.isin(layer.inputs, group).any() or np.isin(layer.outputs, group).any())
-
-
-def _users(layers: Sequence[Linear], group: Labels) -> tuple[list[Linear], list[Linear]]:
-    return (
-        [layer for layer in layers if np.isin(layer.outputs, group).any()],
-        [layer for layer in layers if np.isin(layer.inputs, group).any()],
-    )
+    With weights rounded by channel, and whole; worth: as `read_by` gives it.
+    """
+    without, near = s.copy(), [layers[i] for i in group.near]
+    without[group.labels] = 0.0
+    before, after = (np.stack(noise(near, f, worth)) for f in (without, s))
+    channel, whole = 10 * np.log10((before + TINY) / (after + TINY)).mean(1)
+    return float(channel), float(whole)
 
 
 def _scaled(layer: Linear, s: Values) -> Values:
