@@ -40,6 +40,7 @@ from onnxq.passes.quantize_weights import QuantizeWeights
 from onnxq.passes.raise_opset import RaiseOpset
 from onnxq.passes.read_last_state import read_last_state
 from onnxq.passes.reconstruct_weights import ReconstructWeights
+from onnxq.passes.round_adaptively import RoundAdaptively
 from onnxq.passes.scale_salient import ScaleSalient
 from onnxq.passes.share_initializers import share_initializers
 from onnxq.passes.share_nodes import share_nodes
@@ -100,6 +101,7 @@ PASSES: dict[str, Pass | type[Any]] = {
     "raise_opset": RaiseOpset,
     "read_last_state": read_last_state,
     "reconstruct_weights": ReconstructWeights,
+    "round_adaptively": RoundAdaptively,
     "scale_salient": ScaleSalient,
     "share_initializers": share_initializers,
     "share_nodes": share_nodes,
@@ -123,6 +125,7 @@ __all__ = [
     "QuantizeWeights",
     "RaiseOpset",
     "ReconstructWeights",
+    "RoundAdaptively",
     "ScaleSalient",
     "SimplifyQdq",
     "SmoothActivations",
