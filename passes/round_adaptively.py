@@ -54,9 +54,8 @@ class RoundAdaptively:
     bits: weights of more are left alone. largest: as are those of more values. places: how many
     results of each output channel are looked at. rounds: how often the samples are run, about:
     layers of later rounds make up for what earlier ones have become. memory_mb: of what is looked
-    at at once; layers that need more are left alone. damping: how far a weight that its inputs say
-    little about is kept where it was. target: where its sums of pairs saturate, no integer is
-    chosen with which they can.
+    at at once; layers that need more are left alone. target: where its sums of pairs saturate, no
+    integer is chosen with which they can.
     """
 
     samples: Samples = field(repr=False)
@@ -65,7 +64,6 @@ class RoundAdaptively:
     places: int = 6144
     rounds: int = 6
     memory_mb: int = 1024
-    damping: float = 0.01
     target: Target | None = None
     progress: Callable[[int], None] | None = field(default=None, repr=False, compare=False)
 
@@ -73,7 +71,6 @@ class RoundAdaptively:
         require_range("bits", self.bits, 2, 16)
         for name in ("largest", "places", "rounds", "memory_mb"):
             require_range(name, getattr(self, name), 1)
-        require_range("damping", self.damping, 0)
 
     @property
     def name(self) -> str:
@@ -179,7 +176,7 @@ class _Task:
         fitting, judging = (
             self._meeting(weight, met.part(judging=judging)) for judging in (False, True)
         )
-        found = adapted(weight, start, fitting, self.options.damping)
+        found = adapted(weight, start, fitting, judging)
         found = self._safe(start, found)
         before, after = (float(judging.errors(r.weight).sum()) for r in (start, found))
         helps = after < before

@@ -12,14 +12,16 @@ Behdin et al. 2023, "QuantEase", arXiv:2309.01885). Measured: closer, in a twent
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 Values = NDArray[np.float32]
+Places = tuple[NDArray[np.intp], NDArray[np.intp]]
 
-DAMPING = 0.01  # of the mean square of x', added to each: keeps Q near W where x' says little
+DAMPINGS = (1.0, 0.1, 0.01)  # of the mean square of x': what keeps Q near W where x' says little
 SWEEPS, CLAMPED = 8, 3  # over all columns, at most: of the quadratic form, under the whole error
 BLOCK = 64  # columns whose changes reach the others together, by one matrix product
 
@@ -70,11 +72,15 @@ class Meeting:
     def gradient(self, weight: Values) -> Values:
         """Half of the derivative of the sum of `errors` by the weight."""
         made = weight @ self.inputs + self.bias
-        return self._slopes(made)[0] @ self.inputs.swapaxes(1, 2)
+        return self.slopes(made)[0] @ self.inputs.swapaxes(1, 2)
 
-    def _slopes(self, made: Values) -> tuple[Values, Values]:
+    def passes(self, made: Values) -> Values:
+        """1 where f lets a result through, 0 elsewhere."""
+        return ((made > self.least) & (made < self.greatest)).astype(np.float32)
+
+    def slopes(self, made: Values) -> tuple[Values, Values]:
         """The error of each result, where f lets it through; and where that is."""
-        passes = ((made > self.least) & (made < self.greatest)).astype(np.float32)
+        passes = self.passes(made)
         return (self.clamped(made) - self.clamped(self.results)) * passes, passes
 
 
@@ -98,23 +104,38 @@ class Rounding:
 
 
 def adapted(
-    weight: Values, start: Rounding, meeting: Meeting, damping: float = DAMPING
+    weight: Values,
+    start: Rounding,
+    fitting: Meeting,
+    judging: Meeting,
+    dampings: Sequence[float] = DAMPINGS,
 ) -> Rounding:
     """Set each integer of a weight [blocks, rows, values] so that results are closer.
 
-    Rows are independent; none is returned that is further from its results than at the start.
+    Where places are few for so many values, what is fitted to them fits no others: so each damping
+    is tried, the strongest first, and then what f changes, as long as the places that judge get
+    closer. What they are closest with is returned, be it the start.
     """
-    found = _Quadratic.of(weight, start, meeting, damping).solved()
-    found = _better(start, found, meeting)
-    if meeting.is_clamped:
-        found = _Clamped.of(found, meeting).solved()
-    return found
+    best, least, damping = start, float(judging.errors(start.weight).sum()), dampings[0]
+    found = start
+    for strength in dampings:
+        found = _Quadratic.of(weight, found, fitting, strength).solved()
+        error = float(judging.errors(found.weight).sum())
+        if error < least:
+            best, least, damping = found, error, strength
+        elif best is not start:
+            break
+    if fitting.is_clamped:
+        found = _Clamped.of(weight, best, fitting, damping).solved()
+        if float(judging.errors(found.weight).sum()) < least:
+            return found
+    return best
 
 
-def _better(one: Rounding, other: Rounding, meeting: Meeting) -> Rounding:
-    """Of each row the closer one."""
-    closer = (meeting.errors(other.weight) < meeting.errors(one.weight))[..., None]
-    return replace(one, steps=np.where(closer, other.steps, one.steps))
+def _penalty(meeting: Meeting, damping: float) -> Values:
+    """What the square of a weight's change costs, [blocks, 1, 1]."""
+    square = np.square(meeting.inputs).sum(2).mean(1)
+    return np.asarray(np.float32(damping) * square[:, None, None], np.float32)
 
 
 @dataclass(slots=True, eq=False)
@@ -131,10 +152,10 @@ class _Quadratic:
         x = meeting.inputs
         gram = x @ x.swapaxes(1, 2)
         target = (meeting.results - meeting.bias) @ x.swapaxes(1, 2)
-        added: Values = np.float32(damping) * np.einsum("bii->bi", gram).mean(1)[:, None, None]
+        added = _penalty(meeting, damping)
         gram = gram + added * np.eye(gram.shape[1], dtype=np.float32)
         target = target + added * weight
-        return cls(start, gram, target, start.steps.copy())
+        return cls(start, np.asarray(gram, np.float32), target, start.steps.copy())
 
     def solved(self) -> Rounding:
         for _ in range(SWEEPS):
@@ -171,16 +192,19 @@ class _Quadratic:
 
 @dataclass(slots=True, eq=False)
 class _Clamped:
-    """Single steps under the error behind f. made: results [blocks * rows, places]."""
+    """Single steps under the error behind f. made: the results; added: see `_penalty`."""
 
+    weight: Values
     rounding: Rounding
     meeting: Meeting
     made: Values
+    added: Values
 
     @classmethod
-    def of(cls, start: Rounding, meeting: Meeting) -> _Clamped:
+    def of(cls, weight: Values, start: Rounding, meeting: Meeting, damping: float) -> _Clamped:
         rounding = replace(start, steps=start.steps.copy())
-        return cls(rounding, meeting, rounding.weight @ meeting.inputs + meeting.bias)
+        made = rounding.weight @ meeting.inputs + meeting.bias
+        return cls(weight, rounding, meeting, made, _penalty(meeting, damping))
 
     def solved(self) -> Rounding:
         for _ in range(CLAMPED):
@@ -190,33 +214,41 @@ class _Clamped:
 
     def _sweep(self) -> bool:
         moved = False
-        slopes, passes = self.meeting._slopes(self.made)
+        slopes, passes = self.meeting.slopes(self.made)
         for j in range(self.rounding.steps.shape[2]):
             x = self.meeting.inputs[:, j, :, None]
-            slope = (slopes @ x)[..., 0]
-            bend = (passes @ np.square(x))[..., 0]
-            moved |= self._step(j, slope, bend, slopes, passes)
+            off = self.rounding.steps[:, :, j] * self.rounding.scale[:, :, j] - self.weight[:, :, j]
+            slope = (slopes @ x)[..., 0] + self.added[..., 0] * off
+            bend = (passes @ np.square(x))[..., 0] + self.added[..., 0]
+            at, change = self._tried(j, slope, bend)
+            if len(at[0]):
+                moved |= self._step(j, at, change, off[at], slopes, passes)
         return moved
 
-    def _step(self, j: int, slope: Values, bend: Values, slopes: Values, passes: Values) -> bool:
-        """One step downhill where that is shorter than to the other side; kept where it helps."""
-        rounding, meeting = self.rounding, self.meeting
+    def _tried(self, j: int, slope: Values, bend: Values) -> tuple[Places, Values]:
+        """Where one step downhill is shorter than to the other side, and the step."""
+        rounding = self.rounding
         steps, scale = rounding.steps[:, :, j], rounding.scale[:, :, j]
         change = -np.sign(slope * scale)
-        low, high = rounding.lowest[:, :, j], rounding.highest[:, :, j]
-        free = (steps + change >= low) & (steps + change <= high) & (change != 0)
-        block, row = np.nonzero(free & (np.abs(slope) > bend * np.abs(scale) / 2))
-        if not len(block):
-            return False
-        delta = (change * scale)[block, row, None]
-        before, wanted = self.made[block, row], meeting.clamped(meeting.results[block, row])
-        after = before + delta * meeting.inputs[block, j]
+        after = steps + change
+        free = (after >= rounding.lowest[:, :, j]) & (after <= rounding.highest[:, :, j])
+        at = np.nonzero(free & (np.abs(slope) > bend * np.abs(scale) / 2))
+        return (at[0], at[1]), change[at]
+
+    def _step(
+        self, j: int, at: Places, change: Values, off: Values, slopes: Values, passes: Values
+    ) -> bool:
+        """Make the steps that lower the error; whether there is one."""
+        meeting, rounding = self.meeting, self.rounding
+        delta = change * rounding.scale[(*at, j)]
+        before, wanted = self.made[at], meeting.clamped(meeting.results[at])
+        after = before + delta[:, None] * meeting.inputs[at[0], j]
         was, now = (np.square(meeting.clamped(z) - wanted).sum(1) for z in (before, after))
-        helps = now < was
-        block, row, after, wanted = block[helps], row[helps], after[helps], wanted[helps]
-        steps[block, row] += change[block, row]
-        self.made[block, row] = after
-        through = ((after > meeting.least) & (after < meeting.greatest)).astype(np.float32)
-        passes[block, row] = through
-        slopes[block, row] = (meeting.clamped(after) - wanted) * through
+        further = self.added[at[0], 0, 0] * (np.square(off + delta) - np.square(off))
+        helps = now + further < was
+        at, after, wanted = (at[0][helps], at[1][helps]), after[helps], wanted[helps]
+        rounding.steps[(*at, j)] += change[helps]
+        self.made[at] = after
+        passes[at] = meeting.passes(after)
+        slopes[at] = (meeting.clamped(after) - wanted) * passes[at]
         return bool(helps.any())
