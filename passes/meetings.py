@@ -91,7 +91,7 @@ def _vectors(
     for index, feed in enumerate(samples):
         check_feed(feed, index, wanted)
         try:
-            made = session.run(fetched, {n: np.asarray(feed[n]) for n in wanted})
+            made = session.run(fetched, {n: np.asarray(feed[n]) for n in wanted}) if fetched else []
         except Exception as e:  # onnxruntime's exceptions have no base class of their own
             raise DataError(f"sample {index} does not run: {runtime.one_line(e)}") from e
         values: Mapping[str, Any] = {**feed, **dict(zip(fetched, made, strict=True))}

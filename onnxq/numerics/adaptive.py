@@ -22,7 +22,7 @@ Values = NDArray[np.float32]
 Places = tuple[NDArray[np.intp], NDArray[np.intp]]
 
 DAMPINGS = (1.0, 0.1, 0.01)  # of the mean square of x': what keeps Q near W where x' says little
-SWEEPS, CLAMPED = 8, 3  # over all columns, at most: of the quadratic form, under the whole error
+SWEEPS, CLAMPED = 4, 3  # over all columns, at most: of the quadratic form, under the whole error
 BLOCK = 64  # columns whose changes reach the others together, by one matrix product
 
 
@@ -150,12 +150,11 @@ class _Quadratic:
     @classmethod
     def of(cls, weight: Values, start: Rounding, meeting: Meeting, damping: float) -> _Quadratic:
         x = meeting.inputs
-        gram = x @ x.swapaxes(1, 2)
-        target = (meeting.results - meeting.bias) @ x.swapaxes(1, 2)
         added = _penalty(meeting, damping)
-        gram = gram + added * np.eye(gram.shape[1], dtype=np.float32)
-        target = target + added * weight
-        return cls(start, np.asarray(gram, np.float32), target, start.steps.copy())
+        gram: Values = x @ x.swapaxes(1, 2)
+        gram += added * np.eye(gram.shape[1], dtype=np.float32)
+        target = (meeting.results - meeting.bias) @ x.swapaxes(1, 2) + added * weight
+        return cls(start, gram, np.asarray(target, np.float32), start.steps.copy())
 
     def solved(self) -> Rounding:
         for _ in range(SWEEPS):
