@@ -52,24 +52,25 @@ class RoundAdaptively:
     where it does not get smaller, the integers stay.
 
     bits: weights of more are left alone. largest: as are those of more values. places: how many
-    results of each output channel are looked at. rounds: how often the samples are run, about:
-    layers of later rounds make up for what earlier ones have become. memory_mb: of what is looked
-    at at once; layers that need more are left alone. target: where its sums of pairs saturate, no
-    integer is chosen with which they can.
+    results of each output channel are looked at. memory_mb: of what is looked at at once; layers
+    that need more are left alone. target: where its sums of pairs saturate, no integer is chosen
+    with which they can.
+
+    The samples are run for each depth: what several layers made up for at once, not knowing of each
+    other, would be made up for several times.
     """
 
     samples: Samples = field(repr=False)
     bits: int = 8
     largest: int = 1 << 20
     places: int = 6144
-    rounds: int = 6
     memory_mb: int = 1024
     target: Target | None = None
     progress: Callable[[int], None] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         require_range("bits", self.bits, 2, 16)
-        for name in ("largest", "places", "rounds", "memory_mb"):
+        for name in ("largest", "places", "memory_mb"):
             require_range(name, getattr(self, name), 1)
 
     @property
@@ -135,7 +136,7 @@ class RoundAdaptively:
         depth = depths(model, [task.layer.node for task in tasks])
         items = [(depth[id(task.layer.node)], task.size_bytes, task) for task in tasks]
         models, notes = (model.unquantized[-1], model) if tasks else None, []
-        for batch in in_rounds(items, self.rounds, self.memory_mb << 20):
+        for batch in in_rounds(items, len(items), self.memory_mb << 20):
             assert models is not None
             layers = [(task.exact, task.layer) for task in batch]
             seen = meetings(models, layers, self.samples, self.places, self.progress)
