@@ -21,8 +21,8 @@ def alike(*shape: int, seed: int = 0) -> Values:
     blocks, values, places = shape
     causes = values // 4
     mix = drawn(blocks, values, causes, seed=seed + 50)
-    x: Values = mix @ drawn(blocks, causes, places, seed=seed) + drawn(*shape, seed=seed + 51) / 4
-    return np.maximum(x, 0)
+    x = mix @ drawn(blocks, causes, places, seed=seed) + drawn(*shape, seed=seed + 51) / 4
+    return np.maximum(x, 0).astype(np.float32)
 
 
 def nearest(weight: Values, scale: float, most: int = 7) -> Rounding:
@@ -137,9 +137,9 @@ def test_blocks_are_independent_and_results_repeat() -> None:
     np.testing.assert_array_equal(found.steps, adapted(weight, start, *whole).steps)
     for i in range(3):
         part = slice(i, i + 1)
-        own = [
+        own, judge = (
             replace(m, inputs=m.inputs[part], results=m.results[part], bias=m.bias[part])
             for m in whole
-        ]
-        alone = adapted(weight[part], nearest(weight[part], 0.4), *own)
+        )
+        alone = adapted(weight[part], nearest(weight[part], 0.4), own, judge)
         assert (alone.steps == found.steps[part]).mean() > 0.8
