@@ -137,13 +137,13 @@ class _Solver:
     """Columns in the order in which they are rounded: `w`, `q` [blocks, values, rows of a block].
 
     order: [blocks, values], the place of each column in the rows. q: what is rounded to so far, as
-    values; k: as steps from the zero point.
+    values; k: as steps from the zero point; error: w - q, of what is not rounded yet w.
     """
 
     grid: Grid | Table
     layout: Layout
     w: Values
-    gram: NDArray[np.float64]
+    gram: Values
     order: NDArray[np.intp]
     upper: Values
     weight: NDArray[np.float64]
@@ -151,6 +151,7 @@ class _Solver:
     k: Values
     scale: Values
     zero: Values
+    error: Values
 
     @classmethod
     def of(
@@ -167,7 +168,11 @@ class _Solver:
         h = np.take_along_axis(gram, order[..., None], 1)
         h = np.take_along_axis(h, order[:, None, :], 2)
         upper, weight = factored(h, damping)
-        return cls(grid, layout, w, h, order, upper, weight, *(np.zeros_like(w) for _ in range(4)))
+        k, scale, zero = (np.zeros_like(w) for _ in range(3))
+        return cls(
+            grid, layout, w, h.astype(np.float32), order, upper, weight, np.zeros_like(w), k,
+            scale, zero, w.copy(),
+        )  # fmt: skip
 
     def laid_out(self, a: NDArray[Any]) -> Values:
         """What rows have, in the order of the columns."""
@@ -192,18 +197,17 @@ class _Solver:
 
     def _round(self, at: slice, method: str | None) -> None:
         before = slice(0, at.start)
-        error = (self.w - self.q)[:, before] if at.start else self.w[:, before]
-        c = np.asarray(self.w[:, at] + self.upper[:, before, at].swapaxes(1, 2) @ error, np.float32)
+        links = self.upper[:, before, at].swapaxes(1, 2)
+        c = np.asarray(self.w[:, at] + links @ self.error[:, before], np.float32)
         if self.layout.size is not None and method is not None:
             self._fit(at, c, method)
-        done = np.empty_like(c)  # w - q of the block's columns
         for i in range(c.shape[1]):
             j = at.start + i
             if i:
                 link = self.upper[:, at.start : j, j][:, None, :]
-                c[:, i] += (link @ done[:, :i])[:, 0]
+                c[:, i] += (link @ self.error[:, at.start : j])[:, 0]
             self._snap(j, c[:, i])
-            done[:, i] = self.w[:, j] - self.q[:, j]
+            self.error[:, j] = self.w[:, j] - self.q[:, j]
 
     def _snap(self, j: int, c: Values) -> None:
         s, z = self.scale[:, j], self.zero[:, j]
@@ -229,16 +233,16 @@ class _Solver:
 
     def _sweep(self) -> bool:
         """Set each scale and each column anew, given all others; whether an integer changed."""
-        gram = self.gram.astype(np.float32)
+        gram = self.gram
         diagonal = np.einsum("bii->bi", gram)
-        diagonal = np.where(diagonal > 0, diagonal, np.inf).astype(np.float32)
+        diagonal = np.where(diagonal > 0, diagonal, np.float32(np.inf)).astype(np.float32)
         if self.layout.axis is not None and self.layout.size is None:
-            self._rescale(slice(None), gram @ (self.w - self.q), gram)
+            self._rescale(slice(None), gram @ self.error, gram)
         moved = False
         for at in self._blocks():
-            pull = gram[:, at] @ (self.w - self.q)  # H (w - q)
+            pull = gram[:, at] @ self.error  # H (w - q)
             inner = gram[:, at, at]
-            if self.layout.size is not None:
+            if self.layout.axis is not None and self.layout.size is not None:
                 pull -= inner @ self._rescale(at, pull, inner)
             for i in range(pull.shape[1]):
                 j = at.start + i
@@ -248,6 +252,7 @@ class _Solver:
                 if step.any():
                     moved = True
                     pull -= inner[:, :, i, None] * step[:, None, :]
+            self.error[:, at] = self.w[:, at] - self.q[:, at]
         return moved
 
     def _rescale(self, at: slice, pull: Values, inner: Values) -> Values:
@@ -264,6 +269,7 @@ class _Solver:
         self.scale[:, at] = scale + change
         moved: Values = k * self.scale[:, at] - self.q[:, at]
         self.q[:, at] += moved
+        self.error[:, at] -= moved
         return moved
 
     def whole(self) -> Rounded:
