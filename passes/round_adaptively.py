@@ -28,7 +28,7 @@ from onnxq.numerics.adaptive import Meeting, Rounding, adapted
 from onnxq.numerics.saturation import excess
 from onnxq.options import require_range
 from onnxq.packed import Grid
-from onnxq.passes.grams import Layer, depths, in_rounds
+from onnxq.passes.grams import Layer, db, depths, in_rounds
 from onnxq.passes.layouts import Held, held_by
 from onnxq.passes.linear import LINEAR
 from onnxq.passes.meetings import Met, blocks_of, meetings, rows_of
@@ -188,8 +188,8 @@ class _Task:
             self.numbers.values = np.ascontiguousarray((made + zero).astype(self.numbers.dtype))
         text = (
             f"{moved} of {self.weight.size} integers moved: results within "
-            f"{_db(judging.signal, after)} on samples kept back, before "
-            f"{_db(judging.signal, before)}{'' if helps else ': undone'}"
+            f"{db(judging.signal, after)} on samples kept back, before "
+            f"{db(judging.signal, before)}{'' if helps else ': undone'}"
         )
         return Note(NAME, layer.node.name, text, changed=helps)
 
@@ -262,7 +262,3 @@ def _ends(tensor: gs.Tensor) -> int:
         within = node.op in ("Cast", "Sub", "Mul", "DequantizeLinear")
         count += _ends(node.outputs[0]) if within else 1
     return count
-
-
-def _db(signal: float, noise: float) -> str:
-    return f"{10 * np.log10(signal / noise):.1f} dB" if noise and signal else "no error"
