@@ -23,6 +23,7 @@ from onnxq.numerics.patches import Patches
 from onnxq.passes.grams import HELD_OUT, Layer
 
 Values = NDArray[np.float32]
+EACH, LEAST = 32, 1024  # places: for each value of a row, and at least
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,16 +60,16 @@ def meetings(
 ) -> list[Met]:
     """Run two models, of which each has one of a pair of layers, over samples.
 
-    places: for fitting, about; a third more for judging. Raises DataError for samples that do not
-    fit.
+    places: for fitting, at most, about; a third more for judging. Raises DataError for samples that
+    do not fit.
     """
     first = len(samples) - len(samples) // HELD_OUT
-    limit = -(-places // first)
+    limits = [-(-min(places, wanted_places(layer)) // first) for layer, _ in layers]
     found = []
     for which, model in enumerate(models):
         mine = [pair[which] for pair in layers]
         shown = progress if which else None
-        found.append(_vectors(model, mine, samples, limit, shown))
+        found.append(_vectors(model, mine, samples, limits, shown))
     together = []
     for exact, rounded in zip(*found, strict=True):
         fitted = sum(part.shape[2] for part in rounded[:first])
@@ -76,14 +77,20 @@ def meetings(
     return together
 
 
+def wanted_places(layer: Layer) -> int:
+    """How many places tell enough of a layer."""
+    blocks = layer.lay.groups if isinstance(layer.lay, Patches) and layer.lay.transposed else 1
+    return max(LEAST, EACH * (layer.held.length // blocks))
+
+
 def _vectors(
     model: Model,
     layers: Sequence[Layer],
     samples: Samples,
-    limit: int,
+    limits: Sequence[int],
     progress: Callable[[int], None] | None,
 ) -> list[list[Values]]:
-    """Of each layer, the vectors of each sample."""
+    """Of each layer, the vectors of each sample; limits: of their numbers."""
     names = {layer.tensor.name for layer in layers}
     session, fetched = _showing(model, names)
     wanted = [i.name for i in session.get_inputs()]
@@ -96,7 +103,7 @@ def _vectors(
             raise DataError(f"sample {index} does not run: {runtime.one_line(e)}") from e
         values: Mapping[str, Any] = {**feed, **dict(zip(fetched, made, strict=True))}
         offset = index * 2654435769 % (1 << 31)  # Weyl sequence: 2^32 / golden ratio (Knuth 6.4)
-        for layer, parts in zip(layers, found, strict=True):
+        for layer, limit, parts in zip(layers, limits, found, strict=True):
             taken, _ = layer.lay.of(np.asarray(values[layer.tensor.name]), limit, offset)
             parts.append(np.ascontiguousarray(taken.swapaxes(1, 2)))
         if progress is not None:

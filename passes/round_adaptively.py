@@ -31,7 +31,7 @@ from onnxq.packed import Grid
 from onnxq.passes.grams import Layer, db, depths, in_rounds
 from onnxq.passes.layouts import Held, held_by
 from onnxq.passes.linear import LINEAR
-from onnxq.passes.meetings import Met, blocks_of, meetings, rows_of
+from onnxq.passes.meetings import Met, blocks_of, meetings, rows_of, wanted_places
 from onnxq.passes.ops import clamp_bounds, kernel_rows
 from onnxq.passes.packed_weights import stands_for
 from onnxq.schemes import FORMATS, IntFormat
@@ -165,7 +165,8 @@ class _Task:
         values = prod(self.weight.shape)
         rows = values // self.layer.held.length
         length = self.layer.held.length * self.layer.blocks
-        return 4 * (4 * self.options.places // 3) * (2 * length + 6 * rows)
+        places = min(self.options.places, wanted_places(self.layer)) * 4 // 3
+        return 4 * places * (2 * length + 6 * rows)
 
     def solve(self, met: Met) -> Note:
         """Replace the integers where results get closer."""
