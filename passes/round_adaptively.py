@@ -120,16 +120,16 @@ class RoundAdaptively:
         weight = None if old is None else values_of(old.inputs[held.index])
         if old is None or weight is None or weight.shape != held.shape:
             raise Skip(UNKNOWN)
-        if numbers.shape != list(held.shape) and tuple(numbers.shape) != held.shape:
-            raise Skip("its integers lie in another way than the weight")
-        source = model.unquantized[-1]
+        grid, source = stands.read(), model.unquantized[-1]
+        if not np.array_equal(np.asarray(numbers.values), grid.numbers.astype(numbers.dtype)):
+            raise Skip("its integers lie in another way than the weight: in groups")
         was = next(h for h in held_by(old) if h.index == held.index)
-        pair = Layer.of(source, old, was), Layer.of(model, node, held)
-        task = _Task(self, numbers, stands.read(), np.asarray(weight, np.float32), *pair)
+        task = _Task(
+            self, numbers, grid, np.asarray(weight, np.float32), _clamp(source, old),
+            Layer.of(source, old, was), Layer.of(model, node, held),
+        )  # fmt: skip
         if (size := -(-task.size_bytes >> 20)) > self.memory_mb:
             raise Skip(f"what it meets takes {size} MB: memory_mb allows {self.memory_mb}")
-        if not np.array_equal(np.asarray(numbers.values), task.grid.numbers.astype(numbers.dtype)):
-            raise Skip("its integers lie in another way than the weight")
         return task
 
     def _solved(self, model: Model, tasks: Sequence[_Task]) -> list[Note]:
@@ -150,12 +150,16 @@ class RoundAdaptively:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Task:
-    """Integers, the float weight that they stand for, and its layer in both models."""
+    """Integers, the float weight that they stand for, what clamps its results, and its layer.
+
+    exact: the layer in the model as it was.
+    """
 
     options: RoundAdaptively
     numbers: gs.Constant
     grid: Grid
     weight: Values
+    clamp: tuple[float, float]
     exact: Layer
     layer: Layer
 
@@ -215,7 +219,7 @@ class _Task:
         one, other = (_bias(layer.node, weight.shape) for layer in (self.exact, self.layer))
         if one is None or other is None:
             return Meeting(rounded, weight @ exact, np.zeros((*weight.shape[:2], 1), np.float32))
-        return Meeting(rounded, weight @ exact + one, other, *_clamp(self.exact.node))
+        return Meeting(rounded, weight @ exact + one, other, *self.clamp)
 
     def _safe(self, start: Rounding, found: Rounding) -> Rounding:
         """The rounding; rows of it as they were where sums of pairs could now saturate."""
@@ -233,11 +237,13 @@ class _Task:
         )
 
 
-def _clamp(node: gs.Node) -> tuple[float, float]:
-    """What the one that reads a layer's result clamps it to."""
-    found = [reader for reader, _ in readers(node.outputs[0])]
-    bounds = clamp_bounds(found[0]) if len(found) == 1 and found[0].op in ("Relu", "Clip") else None
-    return bounds or (-np.inf, np.inf)
+def _clamp(model: Model, node: gs.Node) -> tuple[float, float]:
+    """What a layer's result is clamped to, where nobody else reads it."""
+    (result,) = node.outputs
+    found = [reader for reader, _ in readers(result)]
+    if model.is_output(result) or len(found) != 1 or found[0].op not in ("Relu", "Clip"):
+        return -np.inf, np.inf
+    return clamp_bounds(found[0]) or (-np.inf, np.inf)
 
 
 def _bias(node: gs.Node, shape: tuple[int, ...]) -> Values | None:

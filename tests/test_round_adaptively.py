@@ -18,6 +18,7 @@ from onnxq.numerics.saturation import excess
 from onnxq.passes import QuantizeStatic, QuantizeWeights, RoundAdaptively
 from onnxq.passes.ops import kernel_rows
 from onnxq.passes.packed_weights import stands_for
+from onnxq.passes.round_adaptively import _clamp
 from onnxq.synthetic import synthetic_samples
 from onnxq.targets import load_target
 
@@ -45,6 +46,7 @@ CASES = {
     "chain": ("r = MatMul(x, m) s = Relu(r) y = MatMul(s, m2)", ROWS, OUT),
 }  # fmt: skip
 OTHERS = {
+    "both": ("r = Gemm(x, m, bias) y = Relu(r)", ROWS, f"{OUT}, float[c, d] r"),
     "shared": ("h = MatMul(x, square) y = MatMul(h, square)", ROWS, OUT),
     "log": ("l = Log(x) y = MatMul(l, m)", ROWS, OUT),
     "alpha": ("r = Gemm<alpha = 0.5, beta = 2.0>(x, m, bias) y = Relu(r)", ROWS, OUT),
@@ -253,11 +255,45 @@ def text_of(options: dict[str, Any], name: str = "Conv", weights: str = "int8") 
     [
         ({"bits": 4}, "a weight of 8 bits: bits allows 4"),
         ({"largest": 1000}, "a weight of 1152 values: largest allows 1000"),
-        ({"places": 1 << 20, "memory_mb": 9}, "memory_mb allows 9"),
+        ({"memory_mb": 1}, "what it meets takes 3 MB: memory_mb allows 1"),
     ],
 )
 def test_what_is_too_much_is_left_alone(options: dict[str, Any], why: str) -> None:
     assert why in text_of(options)[0]
+
+
+def test_groups_of_a_kernel_are_left_alone() -> None:
+    """Those that quantize_weights has stored, laid out along an axis of their own."""
+    options = {"format": "uint4", "granularity": "group", "group_size": 24, "symmetric": False}
+    _, after, samples = quantized("Conv", layers=("first=float",))
+    QuantizeWeights(encoding="storage", layers=("*=uint4",), **options)(after)  # type: ignore[arg-type]
+    (note,) = RoundAdaptively(samples)(after)
+    assert not note.changed
+    assert "in groups" in note.text
+
+
+def test_weights_that_are_quantized_at_load_are_left_alone() -> None:
+    proto = parser.parse_model(
+        f'<ir_version: 11, opset_import: ["": 21]> g ({ROWS}) => ({OUT}) '
+        "<float s = {0.1}, int8 z = {0}> "
+        "{ q = QuantizeLinear(m, s, z) w = DequantizeLinear(q, s, z) y = MatMul(x, w) }"
+    )
+    value = np.random.default_rng(0).normal(0, 0.2, SHAPES["m"]).astype(np.float32)
+    proto.graph.initializer.append(numpy_helper.from_array(value, "m"))
+    after, (_, before, samples) = Model.from_proto(proto), quantized("MatMul")
+    after.unquantized[:] = before.unquantized
+    (note,) = RoundAdaptively(samples)(after)
+    assert "a weight of float32: integers alone are rounded" in note.text
+    assert not note.changed
+
+
+def test_a_result_that_is_read_before_the_clamp_is_whole() -> None:
+    """Only where the Relu alone reads it do negative results not matter."""
+    for name, is_clamped in (("Gemm-Relu", True), ("both", False)):
+        _, after, _ = quantized(name)
+        source = after.unquantized[-1]
+        bounds = _clamp(source, source.nodes("Gemm")[0])
+        assert bounds == ((0, np.inf) if is_clamped else (-np.inf, np.inf))
 
 
 def test_a_weight_with_other_readers_is_left_alone() -> None:
