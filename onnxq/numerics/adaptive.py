@@ -7,7 +7,7 @@ already (Nagel et al. 2020, "Up or Down? Adaptive Rounding for Post-Training Qua
 arXiv:2004.10568, equation 25). There the rounding is relaxed and learned by gradients; here each
 integer is set in turn, given all others, by steps of any size while f is left out, which makes the
 error a quadratic form of Q, then by single steps under the whole error (block coordinate descent:
-Behdin et al. 2023, "QuantEase", arXiv:2309.01885). Measured: closer, in a twentieth of the time.
+Behdin et al. 2023, "QuantEase", arXiv:2309.01885). Measured: closer, in a tenth of the time.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Meeting:
         return self.least > -np.inf or self.greatest < np.inf
 
     def clamped(self, results: Values) -> Values:
-        """F of results."""
+        """What f makes of results."""
         if not self.is_clamped:
             return results
         return np.clip(results, np.float32(self.least), np.float32(self.greatest))
