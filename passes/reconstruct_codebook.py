@@ -41,7 +41,7 @@ class ReconstructCodebook:
     granularity: Literal["tensor", "channel", "group"] = "group"
     group_size: int = 64
     dim: int | None = None
-    damping: float = 0.01
+    damping: float = 0.1
     sweeps: int = 3
     rounds: int = 1
     memory_mb: int = 1024

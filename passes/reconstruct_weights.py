@@ -50,8 +50,8 @@ class ReconstructWeights:
     symmetric: bool = False
     levels: int | None = None
     range: Method = "importance"
-    damping: float = 0.01
-    sweeps: int = 3
+    damping: float = 0.1
+    sweeps: int = 1
     rounds: int = 1
     memory_mb: int = 1024
     encoding: Literal["auto", "compute", "storage"] = "auto"
