@@ -157,7 +157,7 @@ class Watch:
             if tally.products is not None:
                 if tally.products.wish.has(index):
                     source = feed[probe.source] if probe.is_input else values[probe.source]
-                    tally.products.see(np.asarray(source), offset)
+                    tally.products.see(np.asarray(source), offset, unmasked(feed))
             elif probe.sums:
                 tally.see_sums(np.asarray(values[probe.source]))
             elif probe.channels:
@@ -275,6 +275,20 @@ class Tally:
     def minmax(self) -> MinMax:
         """Return what was seen so far, without the histogram."""
         return MinMax(self.lo, self.hi, self.count, self.has_nonfinite)
+
+
+def unmasked(feed: Feed) -> NDArray[np.bool_] | None:
+    """Where an input that is called a mask has ones, and zeros elsewhere; None without such one.
+
+    What is computed at the other places (padding behind a text) reaches no result.
+    """
+    for name, given in feed.items():
+        values = np.asarray(given)
+        if "mask" in name.lower() and values.ndim > 1 and values.dtype.kind in "biuf":
+            kept: NDArray[np.bool_] = np.not_equal(values, 0)
+            if kept.any() and (values[kept] == 1).all():
+                return kept
+    return None
 
 
 def check_feed(feed: Feed, index: int, inputs: Iterable[str]) -> None:

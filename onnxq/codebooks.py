@@ -149,19 +149,36 @@ def _fit(
     rows: Rows, scheme: CodebookScheme, seed: int
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Codebook, and scales as the numerics have them: 0 where all is 0."""
+    shapes = _shapes(scheme)
+    if scheme.kind == "nf4":
+        return np.array(NF4, np.float32), rows.start(signed=False)
+    if shapes is not None:
+        return fit_shape(rows, shapes)
+    if scheme.kind == "vector":
+        return fit_vectors(rows, scheme.entries, scheme.dim, seed)
+    return fit_kmeans(rows, scheme.entries)
+
+
+def is_of(scheme: CodebookScheme, codebook: NDArray[np.float32]) -> bool:
+    """Whether a codebook of single values could be one of a scheme."""
+    if scheme.dim != 1 or codebook.shape != (scheme.entries,) or (np.diff(codebook) < 0).any():
+        return False
+    shapes = _shapes(scheme)
+    return shapes is None or any(np.array_equal(shape, codebook) for shape in shapes)
+
+
+def _shapes(scheme: CodebookScheme) -> list[NDArray[np.float32]] | None:
+    """The codebooks among which a scheme chooses; None: it makes its own."""
     match scheme.kind:
         case "nf4":
-            return np.array(NF4, np.float32), rows.start(signed=False)
+            return [np.array(NF4, np.float32)]
         case "power-of-two":
-            return fit_shape(rows, geometric(scheme.bits, 2))
+            return geometric(scheme.bits, 2)
         case "logarithmic":
-            return fit_shape(rows, logarithmic(scheme.bits))
+            return logarithmic(scheme.bits)
         case "exponential":
-            return fit_shape(rows, exponential(scheme.bits))
-        case "vector":
-            return fit_vectors(rows, scheme.entries, scheme.dim, seed)
-        case "kmeans":
-            return fit_kmeans(rows, scheme.entries)
+            return exponential(scheme.bits)
+    return None
 
 
 def _checked(rows: NDArray[Any]) -> NDArray[np.float32]:

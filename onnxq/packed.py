@@ -18,6 +18,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
+from onnxq.codebooks import CodebookScheme, Codes, is_of
 from onnxq.errors import ModelError
 from onnxq.schemes import (
     FloatFormat,
@@ -56,6 +57,7 @@ class Grid:
         *,
         axis: int = 0,
         block: int = 0,
+        table: NDArray[np.float32] | None = None,
     ) -> Grid:
         """As DequantizeLinear has them: scalars, vectors along an axis, blocks along it.
 
@@ -65,7 +67,8 @@ class Grid:
         if zero is not None and _is_zero(zero):
             zero = None
         wide = spread(scale.astype(np.float32, copy=False))
-        return cls(numbers, wide, None if zero is None else spread(zero), dtype=scale.dtype)
+        point = None if zero is None else spread(zero)
+        return cls(numbers, wide, point, table, scale.dtype)
 
     def map(self, move: Callable[[NDArray[Any]], NDArray[Any]]) -> Grid:
         """The grid with its values moved: transposed, reshaped, cut."""
@@ -108,6 +111,23 @@ class Grid:
             return None
         numbers, zeros, sign = found
         return numbers, QParams(cells * sign, zeros, axis, scheme.group_size)
+
+    def coded(self, scheme: CodebookScheme) -> Codes | None:
+        """Rows [channels, values] as a codebook's scheme has them, exactly; None where it cannot.
+
+        Scales of 0 do not fit.
+        """
+        table, grain = self.table, scheme.granularity
+        if table is None or self.numbers.ndim != 2 or self.dtype != np.float32:
+            return None
+        if not is_of(scheme, table):
+            return None
+        size = grain.size if isinstance(grain, PerGroup) else None
+        axis = None if isinstance(grain, PerTensor) else 0 if size is None else 1
+        cells = _cells(self.scale, QuantScheme("uint8", grain, symmetric=False), axis)
+        if cells is None or not np.isfinite(cells).all() or (cells == 0).any():
+            return None
+        return Codes(self.numbers.astype(np.uint8), table, cells, size)
 
     def _in(
         self, scheme: QuantScheme, axis: int | None

@@ -260,9 +260,9 @@ class GramTally:
     count: int = 0
     has_nonfinite: bool = False
 
-    def see(self, x: NDArray[Any], offset: int) -> None:
-        """Add one sample's whole tensor."""
-        vectors, share = self.wish.lay.of(x, self.wish.limit, offset)
+    def see(self, x: NDArray[Any], offset: int, kept: NDArray[np.bool_] | None = None) -> None:
+        """Add one sample's whole tensor; kept: see `Vectors.of`."""
+        vectors, share = self.wish.lay.of(x, self.wish.limit, offset, kept)
         self.count += 1
         if not np.isfinite(vectors).all():
             self.has_nonfinite = True

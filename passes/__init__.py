@@ -39,7 +39,10 @@ from onnxq.passes.quantize_static import QuantizeStatic
 from onnxq.passes.quantize_weights import QuantizeWeights
 from onnxq.passes.raise_opset import RaiseOpset
 from onnxq.passes.read_last_state import read_last_state
+from onnxq.passes.reconstruct_codebook import ReconstructCodebook
+from onnxq.passes.reconstruct_static import ReconstructStatic
 from onnxq.passes.reconstruct_weights import ReconstructWeights
+from onnxq.passes.round_adaptively import RoundAdaptively
 from onnxq.passes.scale_salient import ScaleSalient
 from onnxq.passes.share_initializers import share_initializers
 from onnxq.passes.share_nodes import share_nodes
@@ -99,7 +102,10 @@ PASSES: dict[str, Pass | type[Any]] = {
     "quantize_weights": QuantizeWeights,
     "raise_opset": RaiseOpset,
     "read_last_state": read_last_state,
+    "reconstruct_codebook": ReconstructCodebook,
+    "reconstruct_static": ReconstructStatic,
     "reconstruct_weights": ReconstructWeights,
+    "round_adaptively": RoundAdaptively,
     "scale_salient": ScaleSalient,
     "share_initializers": share_initializers,
     "share_nodes": share_nodes,
@@ -122,7 +128,10 @@ __all__ = [
     "QuantizeStatic",
     "QuantizeWeights",
     "RaiseOpset",
+    "ReconstructCodebook",
+    "ReconstructStatic",
     "ReconstructWeights",
+    "RoundAdaptively",
     "ScaleSalient",
     "SimplifyQdq",
     "SmoothActivations",

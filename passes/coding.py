@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from onnxq.codebooks import CodebookScheme, fit_codebook
 from onnxq.numerics.sharing import BLOCK
+from onnxq.packed import remembered
 from onnxq.parallel import Tick, Work
 from onnxq.passes.codebook_encoding import Coded, IndexStorage
 from onnxq.passes.layouts import Held
@@ -46,6 +47,9 @@ class CodeSource:
 
     def made(self, scratch: Scratch, tick: Tick) -> Coded:
         """The weight as it is stored. Raises Skip where a value is not finite."""
+        grid = remembered(self.tensor)
+        if grid is not None and (known := grid.map(self.held.rows).coded(self.scheme)) is not None:
+            return Coded.of(self.held, known, self.storage, scratch)
         rows = rows_of(self.tensor, self.held, tick)
         m = None if self.squares is None else self.held.importance(self.squares)
         codes = fit_codebook(rows, self.scheme, importance=m, seed=self.seed)

@@ -24,10 +24,10 @@ from onnxq.options import require_range
 from onnxq.packed import Grid, Recovered
 from onnxq.passes.channels import bias_row, check_layer, matrices
 from onnxq.passes.formats import Granularity, Weights, formats_of
-from onnxq.passes.insertion import NEGATIVE, WeightMethod, scale_axis
 from onnxq.passes.linear import LINEAR, constant, outputs_of, rewrite
 from onnxq.passes.moments import GUESSED, Moments, moments, of
-from onnxq.schemes import PerTensor, QParams, QuantScheme, balance, quantize_weight
+from onnxq.passes.static_rounding import WeightMethod, is_balanced, rounded, scale_axis
+from onnxq.schemes import PerTensor, QParams, QuantScheme
 from onnxq.targets import Target
 from onnxq.weights import Weight
 
@@ -72,7 +72,7 @@ class CorrectBias:
             if scheme is None or id(node) in formats.floats or values_of(node.inputs[1]) is None:
                 continue
             try:
-                text = _correct(model, node, scheme, self.weight_range, found)
+                text = _correct(model, node, scheme, self, found)
             except Skip as reason:
                 notes.append(Note(NAME, node.name, str(reason), changed=False))
             else:
@@ -84,7 +84,7 @@ def _correct(
     model: Model,
     node: gs.Node,
     scheme: QuantScheme,
-    method: WeightMethod,
+    options: CorrectBias,
     found: dict[int, Moments],
 ) -> str:
     check_layer(node)
@@ -96,10 +96,12 @@ def _correct(
     axis = scale_axis(node, 1, scheme)
     if axis is None:
         scheme = replace(scheme, granularity=PerTensor())
-    q, params = quantize_weight(weight, scheme, axis, method)
     lo, hi = min(float(data.lo.min()), 0.0), max(float(data.hi.max()), 0.0)
-    if node.op == "Conv" and params.group_size is None and -lo <= NEGATIVE * (hi - lo):
-        q = balance(weight, q, scheme, params, 0)  # as quantize_static does
+    q, params, _ = rounded(
+        tensor, scheme, axis, options.weight_range,
+        guarded=node if options.target.saturates else None,
+        is_balanced=is_balanced(node, -lo / (hi - lo) if hi > lo else 0.0),
+    )  # fmt: skip
     error = params.dequantize(q).astype(np.float64) - weight
     shift, deviation = _shifted(node, error, weight, data)
     if (np.abs(shift) <= LEAST * deviation).all():

@@ -41,6 +41,18 @@ class Seen:
     fitted: NDArray[np.float64]
     judging: NDArray[np.float64]
 
+    @classmethod
+    def of(cls, layers: Sequence[Layer], seen: Mapping[tuple[int, int], Seen]) -> Seen:
+        """Of all layers that share a weight; raises Skip where one has none."""
+        keys = [(id(layer.node), layer.held.index) for layer in layers]
+        if not all(key in seen for key in keys):
+            raise Skip("its inputs are zeros, or have NaN or infinite values")
+        first = seen[keys[0]]
+        for key in keys[1:]:
+            more = seen[key]
+            first = cls(first.fitted + more.fitted, first.judging + more.judging)
+        return first
+
 
 @dataclass(frozen=True, slots=True)
 class Layer:
@@ -171,3 +183,8 @@ def observed_products(
         if is_finite and all(sums.any() for sums in whole):
             found[id(layer.node), layer.held.index] = Seen(*whole)
     return found
+
+
+def db(signal: float, noise: float) -> str:
+    """How far a squared error is below what it is an error of, for notes."""
+    return f"{10 * np.log10(signal / noise):.1f} dB" if noise and signal else "no error"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import onnx
@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from onnxq.core import Note
 from onnxq.model import Model, readers, values_of
 from onnxq.numerics.affine import next_power_of_two
-from onnxq.numerics.saturation import safe_scale
 from onnxq.packed import fitted
 from onnxq.passes.ops import (
     OPS,
@@ -23,11 +22,10 @@ from onnxq.passes.ops import (
     bias_vector,
     clamp_bounds,
     is_constant,
-    kernel_rows,
-    weight_axis,
     weight_input,
 )
 from onnxq.passes.placement import RULE, Placement, keeps_scale
+from onnxq.passes.static_rounding import WeightMethod, is_balanced, rounded, scale_axis
 from onnxq.schemes import (
     FORMATS,
     PerChannel,
@@ -35,14 +33,10 @@ from onnxq.schemes import (
     PerTensor,
     QParams,
     QuantScheme,
-    balance,
     integers,
     quantize_weight,
 )
 from onnxq.targets import Target
-
-WeightMethod = Literal["minmax", "mse", "standardized", "hqq"]
-NEGATIVE = 1 / 3  # the share of a range below 0 up to which values count as mostly positive
 
 
 class Editor:
@@ -260,19 +254,15 @@ class Editor:
         node: the layer whose kernel must not saturate, where the target's can.
         """
         guarded = node if node is not None and self.target.saturates else None
-        is_balanced = guarded is None and node is not None and self.is_balanced(node)
+        balances = guarded is None and node is not None and self.is_balanced(node)
         group = guarded and (guarded.op, guarded.attrs.get("transB", 0))
-        key = (id(tensor), scheme, axis, group, is_balanced)
+        key = (id(tensor), scheme, axis, group, balances)
         if key not in self.weights:
-            values = np.asarray(values_of(tensor))
-            known = fitted(tensor, scheme, axis)
-            q, params = known or quantize_weight(values, scheme, axis, self.weight_range)
+            q, params, raised = rounded(
+                tensor, scheme, axis, self.weight_range, guarded=guarded, is_balanced=balances
+            )
             if guarded is not None:
-                given, params = params, self.guard(guarded, values, params)
-                if known is None or not np.array_equal(given.scale, params.scale):
-                    q = integers(values, scheme, params)
-            if is_balanced and params.group_size is None and known is None:
-                q = balance(values, q, scheme, params, 0)
+                self.layers[id(guarded)] = raised
             if scheme.format in self.target.widened:
                 wide = self.target.weights.numbers.dtype
                 params = replace(params, zero_point=params.zero_point.astype(wide))
@@ -280,24 +270,11 @@ class Editor:
         return self.weights[key]
 
     def is_balanced(self, node: gs.Node) -> bool:
-        """Whether rounding errors should cancel: in convolutions of mostly positive values."""
+        """Whether rounding errors should cancel."""
         if node.op != "Conv":
             return False
         numbers, zero = FORMATS[self.format_of(node)], self.params[id(node.inputs[0])].zero_point
-        return float(zero) - numbers.qmin <= NEGATIVE * (numbers.qmax - numbers.qmin)
-
-    def guard(self, node: gs.Node, values: NDArray[Any], params: QParams) -> QParams:
-        """Scales with which no pair of products exceeds 16 bits, see `numerics.saturation`."""
-        rows = kernel_rows(node, values)
-        if rows is None:
-            return params
-        if params.axis is None:
-            scale = safe_scale(np.hstack(list(rows)), params.scale)
-        else:
-            parts = np.split(params.scale, len(rows))
-            scale = np.hstack([safe_scale(r, s) for r, s in zip(rows, parts, strict=True)])
-        self.layers[id(node)] = int((scale > params.scale).sum())
-        return replace(params, scale=scale)
+        return is_balanced(node, (float(zero) - numbers.qmin) / (numbers.qmax - numbers.qmin))
 
     def integer_constant(self, name: str, q: NDArray[Any], params: QParams) -> gs.Tensor:
         """A constant in integers, and what dequantizes it."""
@@ -391,19 +368,3 @@ class Editor:
                 params,
             )
         return self.weights[key][0]
-
-
-def scale_axis(node: gs.Node, index: int, scheme: QuantScheme) -> int | None:
-    """The axis of the weight's scales, for groups that which is summed over; None: one scale.
-
-    MatMul kernels take a scale a column of a matrix, not of a stack of matrices or of a left
-    operand's rows.
-    """
-    if isinstance(scheme.granularity, PerTensor):
-        return None
-    if node.op == "MatMul" and (index == 0 or len(node.inputs[index].shape) != 2):
-        return None
-    axis = weight_axis(node, index)
-    if isinstance(scheme.granularity, PerGroup) and axis is not None:
-        return 1 - axis  # of a matrix's two axes, or a kernel's first two, the other one
-    return axis

@@ -36,11 +36,12 @@ from onnxq.passes.formats import (
     require_formats,
     with_granularity,
 )
-from onnxq.passes.insertion import Editor, WeightMethod
+from onnxq.passes.insertion import Editor
 from onnxq.passes.ops import OPS
 from onnxq.passes.placement import RULE, Placement, place
 from onnxq.passes.ranges import activation_params, remembered_ranges
 from onnxq.passes.sensitive import graph_rules, range_rules, slight_gains
+from onnxq.passes.static_rounding import WeightMethod
 from onnxq.passes.work import macs
 from onnxq.statistics import Histogram, Method
 from onnxq.targets import Target

@@ -13,7 +13,7 @@ import pytest
 from onnx import parser
 
 from onnxq import calibration
-from onnxq.calibration import Feed, calibrate, load_calibration, save_calibration
+from onnxq.calibration import Feed, calibrate, load_calibration, save_calibration, unmasked
 from onnxq.errors import DataError, ModelError
 from onnxq.instrument import SAMPLE, WHOLE, stride
 from onnxq.model import Model
@@ -285,3 +285,19 @@ def test_a_model_of_operators_of_others_alone() -> None:
     made.graph.tensors()["h"].dtype = np.dtype(np.float32)
     seen = calibrate(made, {"x": MinMax, "h": MinMax}, [{"x": np.full((2, 3), 9, np.float32)}])
     assert all(isinstance(s, MinMax) and s.lo == s.hi == 9 for s in seen.values())
+
+
+MASKS = [
+    ({"x": np.ones((1, 3)), "attention_mask": np.array([[1, 1, 0]])}, [[True, True, False]]),
+    ({"Mask": np.array([[1.0, 0.0]])}, [[True, False]]),
+    ({"token_type_ids": np.array([[1, 0]])}, None),
+    ({"mask": np.array([1, 0])}, None),
+    ({"mask": np.array([[-1e4, 0.0]])}, None),
+    ({"mask": np.zeros((1, 2), np.int64)}, None),
+]
+
+
+@pytest.mark.parametrize(("feed", "kept"), MASKS)
+def test_which_inputs_are_masks(feed: dict[str, np.ndarray], kept: list[list[bool]] | None) -> None:
+    found = unmasked(feed)
+    assert (None if found is None else found.tolist()) == kept

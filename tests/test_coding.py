@@ -76,7 +76,7 @@ def source(side: int, bits: int = 4) -> CodeSource:
     proto.graph.initializer.append(numpy_helper.from_array(w, "w"))
     node = Model.from_proto(proto).nodes("MatMul")[0]
     held = list(held_by(node))[-1]
-    scheme = QuantizeCodebook(bits=bits).scheme(held)
+    scheme = QuantizeCodebook(bits=bits).plan.scheme(held)
     return CodeSource(node.inputs[1], held, scheme, IndexStorage.of(bits, 21))
 
 

@@ -113,7 +113,7 @@ def test_unpacked_at_load_and_exact(
 def values(pass_: QuantizeCodebook, held: Any, weight: gs.Constant, number: int) -> np.ndarray:
     """What a weight should be unpacked to."""
     rows = held.rows(weight.values)
-    codes = fit_codebook(rows, pass_.scheme(held), seed=pass_.seed + number)
+    codes = fit_codebook(rows, pass_.plan.scheme(held), seed=pass_.seed + number)
     shape = [held.shape[a] for a in held.order]
     back = codes.values(held.length).reshape(shape).transpose(np.argsort(held.order))
     return np.ascontiguousarray(back)
@@ -123,7 +123,7 @@ def linear(pass_: QuantizeCodebook, weight: Found) -> np.ndarray:
     """As `values`, where a codebook of so few would take more than int8."""
     held = weight.held
     numbers, params = quantize_weight(
-        held.rows(np.asarray(weight.tensor.values)), pass_.linear(weight, "int8"), None, "mse"
+        held.rows(np.asarray(weight.tensor.values)), pass_.plan.linear(weight, "int8"), None, "mse"
     )
     back = params.dequantize(numbers).reshape([held.shape[a] for a in held.order])
     return np.ascontiguousarray(back.transpose(np.argsort(held.order)))

@@ -195,6 +195,33 @@ def test_few_samples_judge_themselves() -> None:
     assert not np.array_equal(seen.fitted, seen.judging)
 
 
+def test_what_a_mask_leaves_out_does_not_count() -> None:
+    """Padding of large values: integers are those that samples without it give."""
+    body = "f = Cast<to = 1>(attention_mask) s = ReduceSum(f) h = MatMul(x, m) y = Mul(h, s)"
+    inputs = "float[1, t, 32] x, int64[1, t] attention_mask"
+    before = model(body, inputs, "float[p, q, r] y")
+    rng = np.random.default_rng(0)
+    real = rng.normal(size=(16, 1, 20, 4)) @ rng.normal(size=(4, 32))
+    junk = 50 * rng.normal(size=(16, 1, 12, 32))
+    both = [(r, np.concatenate([r, j], 1)) for r, j in zip(real, junk, strict=True)]
+    found = []
+    for cut in (slice(20), slice(None)):
+        after = before.copy()
+        feeds = [
+            {
+                "x": (padded if cut.stop is None else short).astype(np.float32),
+                "attention_mask": (np.arange(32) < 20).astype(np.int64)[None, cut],
+            }
+            for short, padded in both
+        ]
+        options = SCHEMES["int4"]
+        ReconstructWeights(samples=open_samples(feeds, after), **options)(after)
+        grid = remembered(after.nodes("MatMul")[0].inputs[1])
+        assert grid is not None
+        found.append(grid.values())
+    np.testing.assert_array_equal(found[0], found[1])
+
+
 def test_one_weight_of_two_layers() -> None:
     body = "h = MatMul(x, m) k = Neg(x) g = MatMul(k, m) y = Concat<axis = 0>(h, g)"
     before = model(body, ROWS, OUT)

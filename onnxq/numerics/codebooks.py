@@ -10,6 +10,9 @@ means of neighbouring quantiles of the normal distribution, zero exact, ends at 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -75,6 +78,32 @@ class Nearest:
         for _ in range(self.steps):
             index += t > self.middles.take(index)
         return index
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Table:
+    """A codebook, ascending, as a grid of numbers that a weight may hold; there are no zero points.
+
+    As `onnxq.numerics.grids.Grid`, what is snapped to stands for numbers: here the entries.
+    """
+
+    entries: Codebook
+    nearest: Nearest
+    dtype: ClassVar[np.dtype[np.uint8]] = np.dtype(np.uint8)
+    power_of_two: ClassVar[bool] = False
+
+    @classmethod
+    def of(cls, entries: Codebook) -> Table:
+        """Make what finds entries."""
+        return cls(entries, Nearest(entries))
+
+    def snap(self, t: NDArray[Any], zero_point: NDArray[Any]) -> Codebook:
+        """The entries nearest to values."""
+        return self.entries.take(self.nearest(np.asarray(t, np.float32)))
+
+    def stored(self, k: Codebook, zero_point: NDArray[Any]) -> NDArray[np.uint8]:
+        """Indices of entries."""
+        return self.nearest(k)
 
 
 def geometric(bits: int, base: float) -> list[Codebook]:

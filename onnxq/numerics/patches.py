@@ -31,11 +31,17 @@ class Vectors:
     axis: int
     blocks: int | None = None
 
-    def of(self, x: NDArray[Any], limit: int, offset: int) -> tuple[NDArray[np.float32], float]:
-        """Vectors [blocks, count, K] of one sample, and how many each of them stands for."""
+    def of(
+        self, x: NDArray[Any], limit: int, offset: int, kept: NDArray[np.bool_] | None = None
+    ) -> tuple[NDArray[np.float32], float]:
+        """Vectors [blocks, count, K] of one sample, and how many each of them stands for.
+
+        kept: which vectors count, where it has their shape: those that no mask leaves out.
+        """
         moved = np.moveaxis(x, self.axis, -1)
         if self.blocks is None:
-            rows = moved.reshape(1, -1, moved.shape[-1])
+            fits = kept is not None and kept.shape == moved.shape[:-1]
+            rows = (moved[kept] if fits else moved).reshape(1, -1, moved.shape[-1])
         else:
             rows = np.moveaxis(moved, self.blocks, 0)
             rows = rows.reshape(len(rows), -1, rows.shape[-1])
@@ -61,7 +67,9 @@ class Patches:
     groups: int = 1
     transposed: bool = False
 
-    def of(self, x: NDArray[Any], limit: int, offset: int) -> tuple[NDArray[np.float32], float]:
+    def of(
+        self, x: NDArray[Any], limit: int, offset: int, kept: NDArray[np.bool_] | None = None
+    ) -> tuple[NDArray[np.float32], float]:
         """Vectors [blocks, count, K] of one sample, and how many each of them stands for.
 
         Of a transposed convolution the blocks are the groups: `assembled` makes one of them.

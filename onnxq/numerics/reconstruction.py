@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from onnxq.numerics.codebooks import Table
 from onnxq.numerics.grids import Grid
 from onnxq.numerics.grouping import Layout
 from onnxq.numerics.weights import fit_weight
@@ -71,9 +72,34 @@ def reconstruct(
         raise ValueError(f"a gram of shape {gram.shape} does not fit rows {rows.shape}")
     if not np.isfinite(gram).all():
         raise ValueError("a gram must be finite: leave out samples with NaN or infinities")
-    return _Solver.of(rows, gram, grid, Layout.of(rows.shape, axis, size), damping).solved(
-        method, sweeps
-    )
+    solver = _Solver.of(rows, gram, grid, Layout.of(rows.shape, axis, size), damping)
+    solver.solve(method, sweeps)
+    return solver.result()
+
+
+def rounded_again(
+    rows: NDArray[Any],
+    gram: NDArray[np.float64],
+    grid: Grid | Table,
+    scale: NDArray[np.float32],
+    zero: NDArray[np.float32],
+    *,
+    size: int | None = None,
+    is_free: bool = False,
+    damping: float = DAMPING,
+    sweeps: int = 0,
+) -> Rounded:
+    """As `reconstruct`, from scales and zero points that are given: of the rows' shape.
+
+    is_free: scales, one a row or for each `size` values of one, change in the sweeps. What is
+    returned has the rows' shape, too.
+    """
+    rows = np.asarray(rows, np.float32)
+    layout = Layout.of(rows.shape, (1 if size else 0) if is_free else None, size)
+    solver = _Solver.of(rows, gram, grid, layout, damping)
+    solver.scale, solver.zero = solver.laid_out(scale), solver.laid_out(zero)
+    solver.solve(None, sweeps)
+    return solver.whole()
 
 
 def squared_error(error: NDArray[Any], gram: NDArray[np.float64]) -> float:
@@ -111,13 +137,13 @@ class _Solver:
     """Columns in the order in which they are rounded: `w`, `q` [blocks, values, rows of a block].
 
     order: [blocks, values], the place of each column in the rows. q: what is rounded to so far, as
-    values; k: as steps from the zero point.
+    values; k: as steps from the zero point; error: w - q, of what is not rounded yet w.
     """
 
-    grid: Grid
+    grid: Grid | Table
     layout: Layout
     w: Values
-    gram: NDArray[np.float64]
+    gram: Values
     order: NDArray[np.intp]
     upper: Values
     weight: NDArray[np.float64]
@@ -125,10 +151,16 @@ class _Solver:
     k: Values
     scale: Values
     zero: Values
+    error: Values
 
     @classmethod
     def of(
-        cls, rows: Values, gram: NDArray[np.float64], grid: Grid, layout: Layout, damping: float
+        cls,
+        rows: Values,
+        gram: NDArray[np.float64],
+        grid: Grid | Table,
+        layout: Layout,
+        damping: float,
     ) -> _Solver:
         order = ordered(np.einsum("bii->bi", gram), layout.size)
         w = rows.reshape(len(gram), -1, rows.shape[1]).swapaxes(1, 2)
@@ -136,17 +168,26 @@ class _Solver:
         h = np.take_along_axis(gram, order[..., None], 1)
         h = np.take_along_axis(h, order[:, None, :], 2)
         upper, weight = factored(h, damping)
-        return cls(grid, layout, w, h, order, upper, weight, *(np.zeros_like(w) for _ in range(4)))
+        k, scale, zero = (np.zeros_like(w) for _ in range(3))
+        return cls(
+            grid, layout, w, h.astype(np.float32), order, upper, weight, np.zeros_like(w), k,
+            scale, zero, w.copy(),
+        )  # fmt: skip
 
-    def solved(self, method: str, sweeps: int) -> Rounded:
-        if self.layout.size is None:
+    def laid_out(self, a: NDArray[Any]) -> Values:
+        """What rows have, in the order of the columns."""
+        beside = np.asarray(a, np.float32).reshape(len(self.order), -1, a.shape[1]).swapaxes(1, 2)
+        return np.take_along_axis(beside, self.order[..., None], 1)
+
+    def solve(self, method: str | None, sweeps: int) -> None:
+        """method: how scales are chosen; None: they are given."""
+        if self.layout.size is None and method is not None:
             self._fit(slice(None), np.ascontiguousarray(self.w), method)
         for at in self._blocks():
             self._round(at, method)
         for _ in range(sweeps):
             if not self._sweep():
                 break
-        return self._result()
 
     def _blocks(self) -> Iterator[slice]:
         """Columns that are rounded together: a group, or BLOCK of them."""
@@ -154,28 +195,28 @@ class _Solver:
         for start in range(0, self.w.shape[1], size):
             yield slice(start, min(start + size, self.w.shape[1]))
 
-    def _round(self, at: slice, method: str) -> None:
+    def _round(self, at: slice, method: str | None) -> None:
         before = slice(0, at.start)
-        error = (self.w - self.q)[:, before] if at.start else self.w[:, before]
-        c = np.asarray(self.w[:, at] + self.upper[:, before, at].swapaxes(1, 2) @ error, np.float32)
-        if self.layout.size is not None:
+        links = self.upper[:, before, at].swapaxes(1, 2)
+        c = np.asarray(self.w[:, at] + links @ self.error[:, before], np.float32)
+        if self.layout.size is not None and method is not None:
             self._fit(at, c, method)
-        done = np.empty_like(c)  # w - q of the block's columns
         for i in range(c.shape[1]):
             j = at.start + i
             if i:
                 link = self.upper[:, at.start : j, j][:, None, :]
-                c[:, i] += (link @ done[:, :i])[:, 0]
+                c[:, i] += (link @ self.error[:, at.start : j])[:, 0]
             self._snap(j, c[:, i])
-            done[:, i] = self.w[:, j] - self.q[:, j]
+            self.error[:, j] = self.w[:, j] - self.q[:, j]
 
     def _snap(self, j: int, c: Values) -> None:
         s, z = self.scale[:, j], self.zero[:, j]
-        self.k[:, j] = self.grid.snap(c / s, z)
+        self.k[:, j] = self.grid.snap(c / np.where(s == 0, 1, s), z)
         self.q[:, j] = self.k[:, j] * s
 
     def _fit(self, at: slice, c: Values, method: str) -> None:
         """Choose scales and zero points for columns, given the values that they should have."""
+        assert isinstance(self.grid, Grid)
         blocks, count, beside = c.shape
         rows = c.swapaxes(1, 2).reshape(-1, count)
         importance = None
@@ -192,16 +233,16 @@ class _Solver:
 
     def _sweep(self) -> bool:
         """Set each scale and each column anew, given all others; whether an integer changed."""
-        gram = self.gram.astype(np.float32)
+        gram = self.gram
         diagonal = np.einsum("bii->bi", gram)
-        diagonal = np.where(diagonal > 0, diagonal, np.inf).astype(np.float32)
+        diagonal = np.where(diagonal > 0, diagonal, np.float32(np.inf)).astype(np.float32)
         if self.layout.axis is not None and self.layout.size is None:
-            self._rescale(slice(None), gram @ (self.w - self.q), gram)
+            self._rescale(slice(None), gram @ self.error, gram)
         moved = False
         for at in self._blocks():
-            pull = gram[:, at] @ (self.w - self.q)  # H (w - q)
+            pull = gram[:, at] @ self.error  # H (w - q)
             inner = gram[:, at, at]
-            if self.layout.size is not None:
+            if self.layout.axis is not None and self.layout.size is not None:
                 pull -= inner @ self._rescale(at, pull, inner)
             for i in range(pull.shape[1]):
                 j = at.start + i
@@ -211,6 +252,7 @@ class _Solver:
                 if step.any():
                     moved = True
                     pull -= inner[:, :, i, None] * step[:, None, :]
+            self.error[:, at] = self.w[:, at] - self.q[:, at]
         return moved
 
     def _rescale(self, at: slice, pull: Values, inner: Values) -> Values:
@@ -227,21 +269,26 @@ class _Solver:
         self.scale[:, at] = scale + change
         moved: Values = k * self.scale[:, at] - self.q[:, at]
         self.q[:, at] += moved
+        self.error[:, at] -= moved
         return moved
 
-    def _result(self) -> Rounded:
+    def whole(self) -> Rounded:
+        """Numbers, scales and zero points of the rows' shape."""
         back = np.argsort(self.order, 1)[..., None]
-        shape = self.layout.shape
 
         def laid(a: Values) -> Values:
-            return np.take_along_axis(a, back, 1).swapaxes(1, 2).reshape(shape)
+            return np.take_along_axis(a, back, 1).swapaxes(1, 2).reshape(self.layout.shape)
 
         zero = laid(self.zero)
-        numbers = self.grid.stored(laid(self.k), zero)
-        cells = _cells(self.layout)
-        scales = np.ascontiguousarray(laid(self.scale)[cells]).reshape(self.layout.params_shape)
-        zeros = np.ascontiguousarray(zero[cells]).reshape(self.layout.params_shape)
-        return Rounded(numbers, scales, zeros.astype(self.grid.dtype))
+        return Rounded(self.grid.stored(laid(self.k), zero), laid(self.scale), zero)
+
+    def result(self) -> Rounded:
+        """As `Rounded` says: one scale for all that share it."""
+        found, cells, shape = self.whole(), _cells(self.layout), self.layout.params_shape
+        scale, zero = (
+            np.ascontiguousarray(a[cells]).reshape(shape) for a in (found.scale, found.zero)
+        )
+        return Rounded(found.numbers, scale, zero.astype(self.grid.dtype))
 
 
 def _cells(layout: Layout) -> tuple[slice, slice]:
