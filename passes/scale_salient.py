@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from onnxq.core import Note, Skip
 from onnxq.data import Samples
-from onnxq.excerpts import Excerpt, excerpts
+from onnxq.excerpts import Excerpt
 from onnxq.model import Model
 from onnxq.numerics.migration import salience, search
 from onnxq.numerics.shrinking import Affine, grams, shrunk
@@ -30,7 +30,7 @@ from onnxq.packed import Grid, Recovered, remembered
 from onnxq.passes.layouts import Held
 from onnxq.passes.linear import constant
 from onnxq.passes.rescaling import Factor
-from onnxq.passes.sites import Array, Site, Trial, divided, find_sites, told
+from onnxq.passes.sites import Array, Site, Trial, excerpts_of, find_sites, told
 from onnxq.passes.weight_plans import WeightPlan
 from onnxq.passes.weight_storage import Found, find_weights
 from onnxq.schemes import (
@@ -94,8 +94,10 @@ class ScaleSalient:
         model.separate_names()
         found, _ = find_weights(model, self.layers, self.smallest, rule=NAME)
         weights = {id(weight.node): weight for weight in found if weight.held.index == 1}
-        sites = list(find_sites(model, lambda node: id(node) in weights))
-        notes = _Work(self, model, weights).run(sites) if sites else []
+        sites, unfit = find_sites(model, lambda node: id(node) in weights)
+        notes = [Note(NAME, node.name, why, changed=False) for node, why in unfit]
+        if sites:
+            notes += _Work(self, model, weights).run(sites)
         if any(note.changed for note in notes):
             model.sweep()
         return notes
@@ -113,18 +115,17 @@ class _Work:
         self.notes: list[Note] = []
 
     def run(self, sites: Sequence[Site]) -> list[Note]:
-        chosen, judged = divided(self.options.samples)
-        axes = {site.tensor.name: site.axis for site in sites}
-        near, apart = (excerpts(self.model, axes, part) for part in (chosen, judged))
+        near, apart = excerpts_of(self.model, sites, self.options.samples)
+        usable = [s for s in sites if s.tensor.name in near and s.tensor.name in apart]
         for site in sites:
-            if not near[site.tensor.name] or not apart[site.tensor.name]:
-                why = f"{site.tensor.name} has values that are not finite"
+            if site not in usable:
+                why = f"{site.tensor.name} has no values, or some that are not finite"
                 self._tell(site.layers[0], why, changed=False)
-        usable = [s for s in sites if near[s.tensor.name] and apart[s.tensor.name]]
-        factors = [self._factor(s, near[s.tensor.name], apart[s.tensor.name]) for s in usable]
+        parts = [(near[s.tensor.name], apart[s.tensor.name]) for s in usable]
+        factors = [self._factor(site, *p) for site, p in zip(usable, parts, strict=True)]
         if self.options.clip:  # a layer may be the producer of another's input: integers come last
-            for site, factor in zip(usable, factors, strict=True):
-                self._narrow(site, factor, near[site.tensor.name], apart[site.tensor.name])
+            for site, factor, p in zip(usable, factors, parts, strict=True):
+                self._narrow(site, factor, *p)
         return self.notes
 
     def _tell(self, node: gs.Node, text: str, *, changed: bool = True) -> None:
@@ -143,16 +144,11 @@ class _Work:
     def _scaled(self, site: Site, near: Excerpt, apart: Excerpt) -> tuple[str, Factor]:
         """Search a, judge, and edit; raises Skip where it is not worth it."""
         site.division(self.model, np.arange(2.0, site.channels + 2))
-        axis = [1 if site.axis == 1 and x.ndim > 2 else x.ndim - 1 for x in near]
-        sums = [
-            np.abs(np.moveaxis(x, a, -1)).reshape(-1, site.channels).sum(0, dtype=np.float64)
-            for x, a in zip(near, axis, strict=True)
-        ]
-        means = np.sum(sums, 0) / sum(x.size for x in near) * site.channels
+        means = np.mean([_mean_magnitudes(x) for x in near.parts], 0)
         trial = self._trial(site, near)
         a, _ = search(lambda a: trial.error(salience(means, a)), POWERS)
         factor, trial = salience(means, a), self._trial(site, apart)
-        before, after = trial.error(None), trial.error(factor)
+        before, after = trial.error(np.ones(site.channels)), trial.error(factor)
         text = f"power {a:g}: {told(before)} -> {told(after)} on held-out samples"
         if not after < GAIN * before:
             raise Skip(f"{text}: left as it was")
@@ -176,11 +172,7 @@ class _Work:
             size = scheme.group_size or held.length
             if isinstance(scheme.granularity, PerTensor) or held.length % size:
                 continue
-            x, y = (
-                np.concatenate([np.asarray(p.reshape(-1, site.channels) / factor, np.float32)
-                                for p in part])
-                for part in (near, apart)
-            )  # fmt: skip
+            x, y = (np.concatenate(part.divided(factor)) for part in (near, apart))
             rows = np.ascontiguousarray(held.rows(constant(node, 1)), np.float32)
             start = quantize_weight(rows, scheme, method=self.options.range)[1]
             found = _narrowed(rows, scheme, start, grams(x, size))
@@ -213,6 +205,12 @@ class _Work:
 
         name = self.model.unique(f"{node.inputs[1].name}_narrowed")
         return Weight(name, Recovered(grid, held.shape, np.float32))
+
+
+def _mean_magnitudes(x: Array) -> NDArray[np.float64]:
+    """By channel."""
+    others = tuple(a for a in range(x.ndim) if a != 1)
+    return np.asarray(np.abs(x).mean(others, dtype=np.float64))
 
 
 def _narrowed(rows: NDArray[Any], scheme: QuantScheme, start: QParams, gram: Array) -> QParams:

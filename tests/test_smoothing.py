@@ -14,16 +14,14 @@ from numpy.typing import NDArray
 from onnx import numpy_helper, parser
 
 from onnxq import runtime
-from onnxq.calibration import calibrate
 from onnxq.data import Samples, open_samples
-from onnxq.errors import DataError, ModelError
+from onnxq.errors import DataError
 from onnxq.excerpts import ROWS, VALUES, excerpts
 from onnxq.model import Model
 from onnxq.numerics.metrics import sqnr_db
 from onnxq.numerics.migration import BOUND, search, smoothing
 from onnxq.passes import QuantizeStatic, SmoothActivations
 from onnxq.schemes import PerTensor
-from onnxq.statistics import ChannelExtremes, Extremes
 from onnxq.targets import load_target
 from onnxq.testing import check
 
@@ -233,53 +231,42 @@ def test_int8_with_outliers_is_saved() -> None:
     assert quantized(proto, samples, smooth=True) > quantized(proto, samples, smooth=False) + 10
 
 
-def test_extremes_are_those_of_numpy_and_merge() -> None:
-    model = Model.from_proto(graph("y = Tanh(x)", IMAGE, Y4))
-    samples = drawn(model.to_proto(), 5)
-    whole = np.concatenate([feed["x"] for feed in samples])
-    for name, values in (("x", whole), ("y", np.tanh(whole))):
-        seen = calibrate(model, {name: Extremes(1)}, samples)[name]
-        assert isinstance(seen, ChannelExtremes)
-        assert seen.count == 5
-        np.testing.assert_allclose(seen.lo, values.min((0, 2, 3)), rtol=1e-6)
-        np.testing.assert_allclose(seen.absmax, np.abs(values).max((0, 2, 3)), rtol=1e-6)
-    parts = [ChannelExtremes.of(feed["x"], 1) for feed in samples]
-    forwards, backwards = parts[0], parts[-1]
-    for part in parts[1:]:
-        forwards = forwards.merge(part)
-    for part in reversed(parts[:-1]):
-        backwards = part.merge(backwards)
-    assert forwards == backwards == calibrate(model, {"x": Extremes(1)}, samples)["x"]
-    infinite = ChannelExtremes.of(np.array([[np.inf, 1.0]]), 1)
-    assert infinite.has_nonfinite
-    assert infinite.merge(ChannelExtremes.of(np.ones((1, 2)), 1)).has_nonfinite
-    with pytest.raises(ValueError, match="16 channels beside 2"):
-        forwards.merge(infinite)
-    with pytest.raises(ModelError, match="no axis 4"):
-        calibrate(model, {"x": Extremes(4)}, samples)
-
-
-def test_one_axis_has_its_own_values_for_extremes() -> None:
-    model = Model.from_proto(graph("y = Tanh(x)", "float[4] x", "float[4] y"))
-    samples = open_samples([{"x": np.arange(4, dtype=np.float32)}], model)
-    seen = calibrate(model, {"x": Extremes(0)}, samples)["x"]
-    assert isinstance(seen, ChannelExtremes)
-    assert seen.hi.tolist() == [0, 1, 2, 3]
-
-
-def test_excerpts_have_a_bound() -> None:
+def test_excerpts_have_a_bound_and_extremes_of_all_values() -> None:
     model = Model.from_proto(graph("y = Tanh(x)", "float[N, C, H, W] x", Y4))
-    large = [{"x": np.ones((1, 64, 50, 60), np.float32)} for _ in range(20)]
-    found = excerpts(model, {"x": 1, "y": 1}, open_samples(large, model))
-    assert 0 < sum(part.size for part in found["y"]) <= VALUES
-    assert all(part.shape[1] == 64 for part in found["y"])
-    rows = excerpts(model, {"y": 3}, open_samples(large, model))["y"]
-    assert [part.shape for part in rows] == [(ROWS // 7 * 7, 60)]
-    spoiled = [{"x": np.full((1, 2, 3, 4), 200.0, np.float32)}]
-    blown = Model.from_proto(graph("y = Exp(x)", IMAGE.replace("16, 8, 8", "2, 3, 4"), Y4))
-    assert excerpts(blown, {"y": 1}, open_samples(spoiled, blown)) == {"y": []}
+    rng = np.random.default_rng(2)
+    feeds = [{"x": rng.normal(size=(1, 64, 50, 60)).astype(np.float32)} for _ in range(20)]
+    samples = open_samples(feeds, model)
+    (found,) = excerpts(model, {"x": 1, "y": 1}, (samples, 8))
+    assert 0 < sum(part.size for part in found["y"].parts) <= VALUES
+    assert all(part.shape[1] == 64 for part in found["y"].parts)
+    seen = np.concatenate([feed["x"] for feed in feeds[::3]])  # 7 of 20
+    for name, values in (("x", seen), ("y", np.tanh(seen))):
+        np.testing.assert_allclose(found[name].lo, values.min((0, 2, 3)), rtol=1e-5)
+        np.testing.assert_allclose(found[name].hi, values.max((0, 2, 3)), rtol=1e-5)
+    one, two = excerpts(model, {"y": 3}, (samples, 8), (samples.skip(10), 2))
+    assert [part.shape for part in one["y"].parts] == [(ROWS // 7 * 7, 60)]
+    assert [part.shape for part in two["y"].parts] == [(ROWS // 2 * 2, 60)]
     with pytest.raises(DataError, match="no input"):
-        excerpts(model, {"y": 1}, replace(open_samples(large, model), read=lambda a, b: iter([{}])))
+        excerpts(model, {"y": 1}, (replace(samples, read=lambda a, b: iter([{}])), 8))
+
+
+def test_tensors_that_are_large_are_fetched_one_after_the_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = Model.from_proto(graph(f"{LN} h = Tanh(n) y = MatMul(h, m)", ROWS_IN, Y3))
+    samples, axes = drawn(model.to_proto()), {"n": 2, "h": 2, "x": 2}
+    (whole,) = excerpts(model, axes, (samples, 4))
+    monkeypatch.setattr("onnxq.excerpts.ROUND", 100)
+    (apart,) = excerpts(model, axes, (samples, 4))
+    assert whole.keys() == apart.keys() == axes.keys()
+    for name in axes:
+        np.testing.assert_array_equal(whole[name].parts[0], apart[name].parts[0])
+
+
+def test_what_is_not_finite_has_no_excerpt() -> None:
+    blown = Model.from_proto(graph("y = Exp(x)", IMAGE.replace("16, 8, 8", "2, 3, 4"), Y4))
+    spoiled = open_samples([{"x": np.full((1, 2, 3, 4), 200.0, np.float32)}], blown)
+    assert excerpts(blown, {"y": 1}, (spoiled, 8)) == [{}]
 
 
 def test_factors_are_those_of_the_paper() -> None:
