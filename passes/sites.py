@@ -79,10 +79,9 @@ class Site:
             made = multiplied(node, constant(node, 1), factor)
             node.inputs[1] = model.constant(f"{weight.name}_scaled", made)
 
-    def weight_maxima(self) -> NDArray[np.float64]:
-        """The greatest magnitude of each input channel's weights, over all layers."""
-        maxima = [_channel_maxima(n, constant(n, 1), self.channels) for n in self.layers]
-        return np.asarray(np.max(maxima, 0))
+    def weights(self) -> NDArray[np.float64]:
+        """All that a channel is multiplied with, over all layers: [channels, values]."""
+        return np.concatenate([_by_channel(n, constant(n, 1)) for n in self.layers], 1)
 
 
 def find_sites(
@@ -149,14 +148,14 @@ def _channels(node: gs.Node) -> int:
     return int(shape[1 if node.op == "Gemm" and node.attrs.get("transB", 0) else 0])
 
 
-def _channel_maxima(node: gs.Node, weight: NDArray[Any], channels: int) -> NDArray[np.float64]:
-    size = np.abs(weight.astype(np.float64))
+def _by_channel(node: gs.Node, weight: NDArray[Any]) -> NDArray[np.float64]:
+    wide = weight.astype(np.float64)
     if node.op == "Conv":  # [outputs, inputs / group, ...]
-        group = channels // weight.shape[1]
-        split = size.reshape(group, weight.shape[0] // group, weight.shape[1], -1)
-        return np.asarray(split.max((1, 3)).reshape(-1))
-    axis = 1 if node.op == "Gemm" and node.attrs.get("transB", 0) else 0
-    return np.asarray(np.moveaxis(size, axis, 0).reshape(channels, -1).max(1))
+        group = int(node.attrs.get("group", 1))
+        wide = wide.reshape(group, len(wide) // group, wide.shape[1], -1).swapaxes(1, 2)
+    elif node.op == "Gemm" and node.attrs.get("transB", 0):
+        wide = wide.T
+    return wide.reshape(_channels(node), -1)
 
 
 def excerpts_of(

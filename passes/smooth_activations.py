@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -23,7 +24,7 @@ from onnxq.data import Samples
 from onnxq.excerpts import Excerpt
 from onnxq.layers import Layers
 from onnxq.model import Model
-from onnxq.numerics.migration import search, smoothing
+from onnxq.numerics.migration import rounding_noise, search, smoothing
 from onnxq.options import require_range
 from onnxq.passes.formats import Formats, formats_of, require_formats
 from onnxq.passes.rescaling import Factor
@@ -35,8 +36,7 @@ from onnxq.targets import Target
 
 NAME = "smooth_activations"
 ALPHAS = (0.4, 0.6, 0.8, 0.95)
-GAIN = 0.9  # of the error that may be left at most, or the layer stays as it was
-GAIN_OF_NODE = 0.5  # the same where a node is added
+GAIN = 0.5  # of the error that may be left at most, or the layer stays as it was
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +44,8 @@ class SmoothActivations:
     """Before quantize_static, with its options: they say what the layers will be rounded to.
 
     For each tensor that layers read, a is searched by the error of their results on excerpts of
-    three quarters of the samples; the rest judges whether the factor stays. alpha: no search.
-    insert: where nothing takes the division in, a Mul is added if it brings 3 dB or more.
+    three quarters of the samples; the rest judges whether the factor stays: it has to bring 3 dB.
+    alpha: no search. insert: where nothing takes the division in, a Mul is added.
     """
 
     target: Target
@@ -138,27 +138,36 @@ class _Work:
     def _smoothed(self, site: Site, near: Excerpt, apart: Excerpt) -> str:
         """Search a, judge, and edit; raises Skip where it is not worth it."""
         obstacle = self._obstacle(site)
-        gain = GAIN_OF_NODE if obstacle else GAIN
-        maxima, largest = site.weight_maxima(), np.maximum(near.hi, -near.lo)
-        none = np.ones(site.channels)
+        weights = site.weights()
+        maxima, energy = np.abs(weights).max(1), np.square(weights).sum(1)
+        del weights
+
+        def factor_of(a: float) -> Factor:
+            return smoothing(np.maximum(near.hi, -near.lo), maxima, a)
+
+        none, a = np.ones(site.channels), self.options.alpha
+        if a is None:
+            noise = partial(rounding_noise, near.lo, near.hi, energy)
+            hoped = min(noise(factor_of(a)) for a in ALPHAS) / (noise(none) or 1.0)
+            if not hoped < GAIN:
+                raise Skip(f"{site.tensor.name} has no channels that are much larger than others")
         trial = self._trial(site, near)
 
         def error(trial: Trial, factor: Factor) -> float:
-            return trial.error(factor, self._rounding(site, near, factor))
+            return trial.error(factor, self._rounding(site, (near, apart), factor))
 
-        before, a = error(trial, none), self.options.alpha
         if a is None:
-            floor = trial.error(none)
-            if gain * before < floor:
-                why = "they are not what costs"
-                raise Skip(f"{told(before)}, {told(floor)} with exact inputs: {why}")
-            a, after = search(lambda a: error(trial, smoothing(largest, maxima, a)), ALPHAS)
-            if not after < gain * before:
+            before, floor = error(trial, none), trial.error(none)
+            if GAIN * before < floor:
+                why = f"{told(before)}, {told(floor)} with exact inputs"
+                raise Skip(f"{site.tensor.name} is not what costs: {why}")
+            a, after = search(lambda a: error(trial, factor_of(a)), ALPHAS)
+            if not after < GAIN * before:
                 raise Skip(f"alpha {a:g}: {told(before)} -> {told(after)}: left as it was")
-        factor, trial = smoothing(largest, maxima, a), self._trial(site, apart)
+        factor, trial = factor_of(a), self._trial(site, apart)
         before, after = error(trial, none), error(trial, factor)
         text = f"alpha {a:g}: {told(before)} -> {told(after)} on held-out samples"
-        if not after < gain * before:
+        if not after < GAIN * before:
             raise Skip(f"{text}: left as it was")
         if obstacle:
             site.insert(self.model, factor)
@@ -172,16 +181,21 @@ class _Work:
         method = self.options.weight_range
         return Trial(site, excerpt, self.formats.weights, method, self.model.opset)
 
-    def _rounding(self, site: Site, near: Excerpt, factor: Factor) -> Callable[[Array], Array]:
-        """How x / s will be rounded: with the range that quantize_static will find, about."""
-        values = np.concatenate([x.reshape(-1) for x in near.divided(factor)])
-        seen = replace(
-            Histogram.of(values),
-            lo=float((near.lo / factor).min()),
-            hi=float((near.hi / factor).max()),
+    def _rounding(
+        self, site: Site, seen: Sequence[Excerpt], factor: Factor
+    ) -> Callable[[Array], Array]:
+        """How x / s will be rounded: with the range that quantize_static will find, about.
+
+        From what is held out, too: that pass sees all samples.
+        """
+        values = [x.reshape(-1) for excerpt in seen for x in excerpt.divided(factor)]
+        histogram = replace(
+            Histogram.of(np.concatenate(values)),
+            lo=min(float((excerpt.lo / factor).min()) for excerpt in seen),
+            hi=max(float((excerpt.hi / factor).max()) for excerpt in seen),
         )
         format = self.formats.activations[id(site.layers[0])]
         scheme = replace(self.options.target.activations, format=format)
-        ends = seen.range(self.options.range, bits=scheme.numbers.bits, symmetric=scheme.symmetric)
-        params = scheme.params(*ends)
+        bits, symmetric = scheme.numbers.bits, scheme.symmetric
+        params = scheme.params(*histogram.range(self.options.range, bits=bits, symmetric=symmetric))
         return lambda x: params.dequantize(params.quantize(x))
