@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,8 @@ ROUND = 1 << 26  # values that are fetched at a time, unless one tensor has more
 UNKNOWN = ROUND >> 3  # values that a tensor is thought to have before the first run
 
 Array = NDArray[np.float32]
+Feed = Mapping[str, NDArray[Any]]
+Place = tuple[str, int]  # a tensor, and its axis of channels
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,9 +77,9 @@ class _Tally:
 
 
 def excerpts(
-    model: Model, axes: Mapping[str, int], *divisions: tuple[Samples, int]
-) -> list[dict[str, Excerpt]]:
-    """Excerpts of tensors (name -> channel axis), for each division: samples, how many to run.
+    model: Model, places: Sequence[Place], *divisions: tuple[Samples, int]
+) -> list[dict[Place, Excerpt]]:
+    """Excerpts of tensors, for each division: samples, and how many of them to run.
 
     Of tensors whose channels are last: rows; of others windows with all channels. Tensors with
     values that are not finite, or without any, have none.
@@ -86,35 +88,44 @@ def excerpts(
     """
     proto = model.to_proto()
     inputs = {i.name for i in proto.graph.input}
-    made = [n for n in axes if n not in inputs]
+    tensors = dict.fromkeys(name for name, _ in places)
+    made = [n for n in tensors if n not in inputs]
     del proto.graph.output[:]
     names = made or [proto.graph.node[0].output[0]]  # a graph must have an output
     proto.graph.output.extend(onnx.ValueInfoProto(name=n) for n in names)
     session = runtime.session(proto)
     del proto
     wanted = [i.name for i in session.get_inputs()]
-    sizes, found = dict[str, int](), list[dict[str, Excerpt]]()
+    sizes, found = dict[str, int](), list[dict[Place, Excerpt]]()
     for samples, limit in divisions:
-        tallies = {name: _Tally(axis) for name, axis in axes.items()}
+        tallies = {place: _Tally(place[1]) for place in places}
         step = -(-len(samples) // limit)
         count = -(-len(samples) // step)
         for index, feed in enumerate(islice(samples, 0, None, step)):
             check_feed(feed, index * step, wanted)
             given = {n: np.asarray(feed[n]) for n in wanted}
-            for name in axes.keys() & inputs:
-                tallies[name].see(given[name], index, count)
-            for group in _groups(made, sizes):
-                try:
-                    values = session.run(group, given)
-                except Exception as e:  # onnxruntime's exceptions have no base class of their own
-                    why = str(e).splitlines()[0]
-                    raise DataError(f"sample {index * step} does not run: {why}") from e
-                for name, whole in zip(group, values, strict=True):
-                    sizes[name] = max(sizes.get(name, 0), whole.size)
-                    tallies[name].see(whole, index, count)
-        made_of = {name: tally.excerpt() for name, tally in tallies.items()}
-        found.append({name: one for name, one in made_of.items() if one is not None})
+            known = [(n, given[n]) for n in tensors if n in inputs]
+            for name, whole in chain(known, _fetched(session, made, given, sizes, index * step)):
+                for place in places:
+                    if place[0] == name:
+                        tallies[place].see(whole, index, count)
+        made_of = {place: tally.excerpt() for place, tally in tallies.items()}
+        found.append({place: one for place, one in made_of.items() if one is not None})
     return found
+
+
+def _fetched(
+    session: Any, names: Sequence[str], feed: Feed, sizes: dict[str, int], index: int
+) -> Iterator[tuple[str, NDArray[Any]]]:
+    """A sample's tensors, in as many runs as it takes; sizes: learnt on the way."""
+    for group in _groups(names, sizes):
+        try:
+            values = session.run(group, feed)
+        except Exception as e:  # onnxruntime's exceptions have no base class of their own
+            raise DataError(f"sample {index} does not run: {str(e).splitlines()[0]}") from e
+        for name, whole in zip(group, values, strict=True):
+            sizes[name] = max(sizes.get(name, 0), whole.size)
+            yield name, whole
 
 
 def _groups(names: Sequence[str], sizes: Mapping[str, int]) -> Iterator[list[str]]:

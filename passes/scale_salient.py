@@ -116,12 +116,12 @@ class _Work:
 
     def run(self, sites: Sequence[Site]) -> list[Note]:
         near, apart = excerpts_of(self.model, sites, self.options.samples)
-        usable = [s for s in sites if s.tensor.name in near and s.tensor.name in apart]
+        usable = [s for s in sites if s.place in near and s.place in apart]
         for site in sites:
             if site not in usable:
                 why = f"{site.tensor.name} has no values, or some that are not finite"
                 self._tell(site.layers[0], why, changed=False)
-        parts = [(near[s.tensor.name], apart[s.tensor.name]) for s in usable]
+        parts = [(near[s.place], apart[s.place]) for s in usable]
         factors = [self._factor(site, *p) for site, p in zip(usable, parts, strict=True)]
         if self.options.clip:  # a layer may be the producer of another's input: integers come last
             for site, factor, p in zip(usable, factors, parts, strict=True):

@@ -20,7 +20,7 @@ from onnx import TensorProto, helper
 from onnxq import runtime
 from onnxq.core import Skip
 from onnxq.data import Samples
-from onnxq.excerpts import Excerpt, excerpts
+from onnxq.excerpts import Excerpt, Place, excerpts
 from onnxq.model import Model
 from onnxq.packed import remembered
 from onnxq.passes.layouts import Held, held_by
@@ -53,6 +53,11 @@ class Site:
     def name(self) -> str:
         """The first layer's."""
         return str(self.layers[0].name)
+
+    @property
+    def place(self) -> Place:
+        """What is looked at."""
+        return self.tensor.name, self.axis
 
     def division(
         self, model: Model, factor: Factor, takes: Callable[[gs.Node], bool] = lambda _: True
@@ -160,19 +165,19 @@ def _by_channel(node: gs.Node, weight: NDArray[Any]) -> NDArray[np.float64]:
 
 def excerpts_of(
     model: Model, sites: Sequence[Site], samples: Samples
-) -> tuple[Mapping[str, Excerpt], Mapping[str, Excerpt]]:
+) -> tuple[Mapping[Place, Excerpt], Mapping[Place, Excerpt]]:
     """To choose on, and of the last quarter of the samples to judge on; one sample does for both.
 
     Raises DataError for samples that do not fit.
     """
-    axes = {site.tensor.name: site.axis for site in sites}
+    places = list(dict.fromkeys(site.place for site in sites))
     held = len(samples) // HELD_OUT
     if not held:
-        (both,) = excerpts(model, axes, (samples, RUNS))
+        (both,) = excerpts(model, places, (samples, RUNS))
         return both, both
     size = len(samples) - held
     parts = (samples.take(size), RUNS), (samples.skip(size), JUDGED)
-    near, apart = excerpts(model, axes, *parts)
+    near, apart = excerpts(model, places, *parts)
     return near, apart
 
 

@@ -113,11 +113,11 @@ class _Work:
             near, apart = excerpts_of(self.model, possible, self.options.samples)
         changed = set[str]()
         for site in possible:
-            name = site.tensor.name
+            place = site.place
             try:
-                if name not in near or name not in apart:
-                    raise Skip(f"{name} has no values, or some that are not finite")
-                texts[site.name] = self._smoothed(site, near[name], apart[name])
+                if place not in near or place not in apart:
+                    raise Skip(f"{site.tensor.name} has no values, or some that are not finite")
+                texts[site.name] = self._smoothed(site, near[place], apart[place])
                 changed.add(site.name)
             except Skip as reason:
                 texts[site.name] = str(reason)

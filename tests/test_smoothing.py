@@ -236,37 +236,37 @@ def test_excerpts_have_a_bound_and_extremes_of_all_values() -> None:
     rng = np.random.default_rng(2)
     feeds = [{"x": rng.normal(size=(1, 64, 50, 60)).astype(np.float32)} for _ in range(20)]
     samples = open_samples(feeds, model)
-    (found,) = excerpts(model, {"x": 1, "y": 1}, (samples, 8))
-    assert 0 < sum(part.size for part in found["y"].parts) <= VALUES
-    assert all(part.shape[1] == 64 for part in found["y"].parts)
+    (found,) = excerpts(model, [("x", 1), ("y", 1), ("y", 3)], (samples, 8))
+    assert 0 < sum(part.size for part in found["y", 1].parts) <= VALUES
+    assert all(part.shape[1] == 64 for part in found["y", 1].parts)
     seen = np.concatenate([feed["x"] for feed in feeds[::3]])  # 7 of 20
     for name, values in (("x", seen), ("y", np.tanh(seen))):
-        np.testing.assert_allclose(found[name].lo, values.min((0, 2, 3)), rtol=1e-5)
-        np.testing.assert_allclose(found[name].hi, values.max((0, 2, 3)), rtol=1e-5)
-    one, two = excerpts(model, {"y": 3}, (samples, 8), (samples.skip(10), 2))
-    assert [part.shape for part in one["y"].parts] == [(ROWS // 7 * 7, 60)]
-    assert [part.shape for part in two["y"].parts] == [(ROWS // 2 * 2, 60)]
+        np.testing.assert_allclose(found[name, 1].lo, values.min((0, 2, 3)), rtol=1e-5)
+        np.testing.assert_allclose(found[name, 1].hi, values.max((0, 2, 3)), rtol=1e-5)
+    one, two = excerpts(model, [("y", 3)], (samples, 8), (samples.skip(10), 2))
+    assert [part.shape for part in one["y", 3].parts] == [(ROWS // 7 * 7, 60)]
+    assert [part.shape for part in two["y", 3].parts] == [(ROWS // 2 * 2, 60)]
     with pytest.raises(DataError, match="no input"):
-        excerpts(model, {"y": 1}, (replace(samples, read=lambda a, b: iter([{}])), 8))
+        excerpts(model, [("y", 1)], (replace(samples, read=lambda a, b: iter([{}])), 8))
 
 
 def test_tensors_that_are_large_are_fetched_one_after_the_other(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = Model.from_proto(graph(f"{LN} h = Tanh(n) y = MatMul(h, m)", ROWS_IN, Y3))
-    samples, axes = drawn(model.to_proto()), {"n": 2, "h": 2, "x": 2}
-    (whole,) = excerpts(model, axes, (samples, 4))
+    samples, places = drawn(model.to_proto()), [("n", 2), ("h", 2), ("x", 2)]
+    (whole,) = excerpts(model, places, (samples, 4))
     monkeypatch.setattr("onnxq.excerpts.ROUND", 100)
-    (apart,) = excerpts(model, axes, (samples, 4))
-    assert whole.keys() == apart.keys() == axes.keys()
-    for name in axes:
-        np.testing.assert_array_equal(whole[name].parts[0], apart[name].parts[0])
+    (apart,) = excerpts(model, places, (samples, 4))
+    assert list(whole) == list(apart) == places
+    for place in places:
+        np.testing.assert_array_equal(whole[place].parts[0], apart[place].parts[0])
 
 
 def test_what_is_not_finite_has_no_excerpt() -> None:
     blown = Model.from_proto(graph("y = Exp(x)", IMAGE.replace("16, 8, 8", "2, 3, 4"), Y4))
     spoiled = open_samples([{"x": np.full((1, 2, 3, 4), 200.0, np.float32)}], blown)
-    assert excerpts(blown, {"y": 1}, (spoiled, 8)) == [{}]
+    assert excerpts(blown, [("y", 1)], (spoiled, 8)) == [{}]
 
 
 def test_factors_are_those_of_the_paper() -> None:
