@@ -30,7 +30,7 @@ from onnxq.packed import Grid, Recovered, remembered
 from onnxq.passes.layouts import Held
 from onnxq.passes.linear import constant
 from onnxq.passes.rescaling import Factor
-from onnxq.passes.sites import Array, Site, Trial, excerpts_of, find_sites, told
+from onnxq.passes.sites import UNREAL, Array, Site, Trial, excerpts_of, find_sites, told
 from onnxq.passes.weight_plans import WeightPlan
 from onnxq.passes.weight_storage import Found, find_weights
 from onnxq.schemes import (
@@ -91,6 +91,8 @@ class ScaleSalient:
 
         Raises DataError for samples that do not fit.
         """
+        if self.samples.synthetic:
+            return [Note(NAME, model.graph.name, UNREAL, changed=False)]
         model.separate_names()
         found, _ = find_weights(model, self.layers, self.smallest, rule=NAME)
         weights = {id(weight.node): weight for weight in found if weight.held.index == 1}

@@ -20,6 +20,7 @@ from onnx import TensorProto, helper
 from onnxq import runtime
 from onnxq.core import Skip
 from onnxq.data import Samples
+from onnxq.errors import DataError
 from onnxq.excerpts import Excerpt, Place, excerpts
 from onnxq.model import Model
 from onnxq.packed import remembered
@@ -31,6 +32,7 @@ from onnxq.schemes import Method, PerChannel, PerGroup, PerTensor, QuantScheme, 
 
 Array = NDArray[np.float32]
 Rounded = Callable[[Array], Array]
+UNREAL = "synthetic samples do not tell which channels are large: give --data"
 HELD_OUT = 4  # of so many samples one is held out, the last ones
 RUNS, JUDGED = 8, 4  # samples that are run at most, to choose on and to judge on
 OUTPUTS = 96  # of a layer that errors are computed of
@@ -168,8 +170,10 @@ def excerpts_of(
 ) -> tuple[Mapping[Place, Excerpt], Mapping[Place, Excerpt]]:
     """To choose on, and of the last quarter of the samples to judge on; one sample does for both.
 
-    Raises DataError for samples that do not fit.
+    Raises DataError without samples, or with ones that do not fit.
     """
+    if not len(samples):
+        raise DataError("rescaling looks at samples: give --data")
     places = list(dict.fromkeys(site.place for site in sites))
     held = len(samples) // HELD_OUT
     if not held:

@@ -12,8 +12,7 @@ is added.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -28,9 +27,9 @@ from onnxq.numerics.migration import rounding_noise, search, smoothing
 from onnxq.options import require_range
 from onnxq.passes.formats import Formats, formats_of, require_formats
 from onnxq.passes.rescaling import Factor
-from onnxq.passes.sites import Array, Site, Trial, excerpts_of, find_sites, told
+from onnxq.passes.sites import UNREAL, Array, Site, Trial, excerpts_of, find_sites, told
 from onnxq.schemes import Method as WeightMethod
-from onnxq.schemes import PerChannel
+from onnxq.schemes import PerTensor
 from onnxq.statistics import Histogram, Method
 from onnxq.targets import Target
 
@@ -59,7 +58,6 @@ class SmoothActivations:
     alpha: float | None = None
     insert: bool = False
     layers: tuple[str, ...] = ()
-    progress: Callable[[int], None] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         require_range("group_size", self.group_size, 1)
@@ -78,6 +76,8 @@ class SmoothActivations:
 
         Raises DataError for samples that do not fit.
         """
+        if self.samples.synthetic:
+            return [Note(NAME, model.graph.name, UNREAL, changed=False)]
         model.separate_names()
         formats = formats_of(
             model, self.target, Layers.parse(self.layers).choices(model),
@@ -125,7 +125,7 @@ class _Work:
 
     def _takes(self, node: gs.Node) -> bool:  # no channel of a weight may widen another's range
         scheme = self.formats.weights.get(id(node))
-        return scheme is None or isinstance(scheme.granularity, PerChannel)
+        return scheme is None or not isinstance(scheme.granularity, PerTensor)
 
     def _obstacle(self, site: Site) -> str:
         """What takes no factor; empty: what makes the tensor does."""
@@ -136,27 +136,26 @@ class _Work:
         return ""
 
     def _smoothed(self, site: Site, near: Excerpt, apart: Excerpt) -> str:
-        """Search a, judge, and edit; raises Skip where it is not worth it."""
-        obstacle = self._obstacle(site)
+        """Find a, judge, and edit; raises Skip where it is not worth it."""
         weights = site.weights()
         maxima, energy = np.abs(weights).max(1), np.square(weights).sum(1)
-        del weights
+        none = np.ones(site.channels)
 
         def factor_of(a: float) -> Factor:
             return smoothing(np.maximum(near.hi, -near.lo), maxima, a)
 
-        none, a = np.ones(site.channels), self.options.alpha
-        if a is None:
-            noise = partial(rounding_noise, near.lo, near.hi, energy)
-            hoped = min(noise(factor_of(a)) for a in ALPHAS) / (noise(none) or 1.0)
-            if not hoped < GAIN:
-                raise Skip(f"{site.tensor.name} has no channels that are much larger than others")
-        trial = self._trial(site, near)
-
         def error(trial: Trial, factor: Factor) -> float:
             return trial.error(factor, self._rounding(site, (near, apart), factor))
 
+        a = self.options.alpha
         if a is None:
+            noise = [
+                rounding_noise(near.lo, near.hi, energy, factor)
+                for factor in (none, *map(factor_of, ALPHAS))
+            ]
+            if not min(noise) < GAIN * noise[0]:
+                raise Skip(f"{site.tensor.name} has no channels that are much larger than others")
+            trial = self._trial(site, near)
             before, floor = error(trial, none), trial.error(none)
             if GAIN * before < floor:
                 why = f"{told(before)}, {told(floor)} with exact inputs"
@@ -169,11 +168,13 @@ class _Work:
         text = f"alpha {a:g}: {told(before)} -> {told(after)} on held-out samples"
         if not after < GAIN * before:
             raise Skip(f"{text}: left as it was")
-        if obstacle:
-            site.insert(self.model, factor)
-            text = f"{text}, by a Mul: {obstacle}"
-        else:
+        try:
             site.division(self.model, factor, self._takes).apply()
+        except Skip as reason:
+            if not self.options.insert:
+                raise
+            site.insert(self.model, factor)
+            text = f"{text}, by a Mul: {reason}"
         site.multiply(self.model, factor)
         return text
 

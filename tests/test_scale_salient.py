@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -148,6 +149,14 @@ def test_values_that_are_not_finite_are_told() -> None:
     samples = open_samples(feeds, Model.from_proto(proto))
     (note,) = ScaleSalient(samples, **OPTIONS)(Model.from_proto(proto))
     assert "not finite" in note.text
+
+
+def test_synthetic_samples_tell_nothing() -> None:
+    proto = graph()
+    samples = replace(drawn(proto), synthetic=True)
+    (note,) = ScaleSalient(samples, **OPTIONS)(Model.from_proto(proto))
+    assert "give --data" in note.text
+    assert not note.changed
 
 
 def test_errors_by_grams_are_those_of_results() -> None:

@@ -19,7 +19,7 @@ from onnxq.errors import DataError
 from onnxq.excerpts import ROWS, VALUES, excerpts
 from onnxq.model import Model
 from onnxq.numerics.metrics import sqnr_db
-from onnxq.numerics.migration import BOUND, search, smoothing
+from onnxq.numerics.migration import BOUND, rounding_noise, search, smoothing
 from onnxq.passes import QuantizeStatic, SmoothActivations
 from onnxq.schemes import PerTensor
 from onnxq.targets import load_target
@@ -173,6 +173,63 @@ def test_declines_with_a_reason(body: str, reason: str) -> None:
     assert model.to_proto() == Model.from_proto(proto).to_proto()
 
 
+UNFIT = [
+    pytest.param("y = Gemm<transA = 1>(t, m)", "float[16, N] x", Y2, "reads t transposed", id="transposed"),
+    pytest.param("y = MatMul(t, m3)", ROWS_IN, Y3, "m3 is of rank 3", id="batch-of-weights"),
+    pytest.param("y = MatMul(t, spoiled)", ROWS_IN, Y3, "spoiled has NaN", id="nan"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("body", "inputs", "outputs", "reason"), UNFIT)
+def test_layers_that_cannot_be_rescaled_are_told(
+    body: str, inputs: str, outputs: str, reason: str
+) -> None:
+    proto = graph(f"t = Tanh(x) {body}", inputs, outputs)
+    for name, value in (("m3", np.ones((1, 16, 4))), ("spoiled", np.full((16, 4), np.nan))):
+        proto.graph.initializer.append(numpy_helper.from_array(value.astype(np.float32), name))
+    (note,) = SmoothActivations(TARGET, drawn(proto))(Model.from_proto(proto))
+    assert reason in note.text
+    assert not note.changed
+
+
+def test_float16_weights_take_a_factor() -> None:
+    proto = graph(
+        "u = Cast<to = 10>(x) n = LayerNormalization(u, g, b) h = MatMul(n, m) y = Cast<to = 1>(h)",
+        ROWS_IN, Y3,
+    )  # fmt: skip
+    for tensor in proto.graph.initializer:
+        half = numpy_helper.to_array(tensor).astype(np.float16)
+        tensor.CopyFrom(numpy_helper.from_array(half, tensor.name))
+    samples = drawn(proto)
+    checked = check(
+        SmoothActivations(TARGET, samples), proto, feeds=list(samples.take(3)), rtol=2e-2, atol=2e-2
+    )
+    assert any(n.changed for n in checked.notes), checked.notes
+
+
+def test_layers_that_read_a_tensor_along_two_axes() -> None:
+    proto = graph(
+        "t = Transpose<perm = [0, 2, 1]>(x) u = Tanh(t) y = MatMul(u, six) z = Conv(u, wc)",
+        ROWS_IN, f"{Y3}, float[d, e, f] z",
+    )  # fmt: skip
+    rng = np.random.default_rng(3)
+    for name, shape in (("six", (6, 8)), ("wc", (8, 16, 1))):
+        value = rng.normal(size=shape).astype(np.float32)
+        proto.graph.initializer.append(numpy_helper.from_array(value, name))
+    samples = drawn(proto)
+    assert len(SmoothActivations(TARGET, samples, insert=True)(Model.from_proto(proto))) == 2
+
+
+def test_samples_have_to_be_real_and_there() -> None:
+    proto = graph(f"{LN} y = MatMul(n, m)", ROWS_IN, Y3)
+    samples = drawn(proto)
+    (note,) = SmoothActivations(TARGET, replace(samples, synthetic=True))(Model.from_proto(proto))
+    assert "give --data" in note.text
+    assert not note.changed
+    with pytest.raises(DataError, match="give --data"):
+        SmoothActivations(TARGET, samples.take(0))(Model.from_proto(proto))
+
+
 def test_an_output_keeps_its_values() -> None:
     proto = graph(f"{LN} y = MatMul(n, m)", ROWS_IN, f"{Y3}, float[d, e, f] n")
     (note,) = SmoothActivations(TARGET, drawn(proto))(Model.from_proto(proto))
@@ -180,14 +237,19 @@ def test_an_output_keeps_its_values() -> None:
 
 
 def test_channels_that_are_alike_stay() -> None:
-    proto = graph("a = MatMul(x, k0) r = Relu(a) y = MatMul(r, m)", ROWS_IN, Y3)
-    rng = np.random.default_rng(1)
-    value = np.linalg.qr(rng.normal(size=(16, 16)))[0].astype(np.float32)
-    proto.graph.initializer.append(numpy_helper.from_array(value, "k0"))
-    notes = SmoothActivations(TARGET, drawn(proto))(Model.from_proto(proto))
-    text = next(n.text for n in notes if "dB" in n.text)
-    assert not any(n.changed for n in notes)
-    assert "left as it was" in text or "not what costs" in text
+    proto = graph("a = Mul(x, even) t = Clip(a, low) y = MatMul(t, k0)", ROWS_IN, Y3)
+    for name, value in (("even", np.ones(16)), ("low", np.array(0.0)), ("k0", np.ones((16, 24)))):
+        proto.graph.initializer.append(numpy_helper.from_array(value.astype(np.float32), name))
+    (note,) = SmoothActivations(TARGET, drawn(proto))(Model.from_proto(proto))
+    assert note.text == "t has no channels that are much larger than others"
+    assert not note.changed
+
+
+def test_noise_of_one_scale_is_that_of_its_span() -> None:
+    lo, hi, energy = np.array([-1.0, 0.5]), np.array([1.0, 100.0]), np.array([4.0, 1.0])
+    assert rounding_noise(lo, hi, energy, np.ones(2)) == 101.0**2 * 5
+    assert rounding_noise(lo, hi, energy, np.array([1.0, 50.0])) == 3.0**2 * (4 + 2500)
+    assert rounding_noise(hi, hi, energy, np.ones(2)) == 100.0**2 * 5  # from zero on
 
 
 def test_a_layer_with_one_scale_for_all_channels_takes_no_factor() -> None:
