@@ -26,7 +26,7 @@ from onnxq.excerpts import Excerpt
 from onnxq.model import Model
 from onnxq.numerics.migration import salience, search
 from onnxq.numerics.shrinking import Affine, grams, shrunk
-from onnxq.packed import Grid, Recovered, remembered
+from onnxq.packed import Grid, Recovered
 from onnxq.passes.layouts import Held
 from onnxq.passes.linear import constant
 from onnxq.passes.rescaling import Factor
@@ -164,15 +164,11 @@ class _Work:
     def _narrow(self, site: Site, factor: Factor, near: Excerpt, apart: Excerpt) -> None:
         """Search ranges for each layer of the site, judge, and give it its integers."""
         for node in site.layers:
-            tensor = node.inputs[1]
-            if node.op not in ("MatMul", "Gemm") or len(tensor.outputs) > 1:
-                continue
-            if remembered(tensor) is not None:
-                continue
             weight = self.weights[id(node)]
             scheme, held = self.schemes[id(node)], weight.held
             size = scheme.group_size or held.length
-            if isinstance(scheme.granularity, PerTensor) or held.length % size:
+            if why := _kept_ranges(node, scheme, held.length % size):
+                self._tell(node, why, changed=False)
                 continue
             x, y = (np.concatenate(part.divided(factor)) for part in (near, apart))
             rows = np.ascontiguousarray(held.rows(constant(node, 1)), np.float32)
@@ -213,6 +209,15 @@ def _mean_magnitudes(x: Array) -> NDArray[np.float64]:
     """By channel."""
     others = tuple(a for a in range(x.ndim) if a != 1)
     return np.asarray(np.abs(x).mean(others, dtype=np.float64))
+
+
+def _kept_ranges(node: gs.Node, scheme: QuantScheme, rest: int) -> str:
+    """Why ranges of a layer are not narrowed; empty: they may be."""
+    if node.op not in ("MatMul", "Gemm"):
+        return f"ranges of a {node.op} are left as they are"
+    if isinstance(scheme.granularity, PerTensor):
+        return "one range for all channels is left as it is"
+    return "ranges are left as they are: the last group is smaller" if rest else ""
 
 
 def _narrowed(rows: NDArray[Any], scheme: QuantScheme, start: QParams, gram: Array) -> QParams:

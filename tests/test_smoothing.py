@@ -173,6 +173,26 @@ def test_declines_with_a_reason(body: str, reason: str) -> None:
     assert model.to_proto() == Model.from_proto(proto).to_proto()
 
 
+def test_a_second_output_of_a_normalisation_is_another_tensor() -> None:
+    body = (
+        "n, u, v, s = com.microsoft.SkipLayerNormalization(x, x, g, b) y = MatMul(s, m) z = Neg(n)"
+    )
+    proto = graph(body, ROWS_IN, f"{Y3}, float[d, e, f] z")
+    known = onnx.helper.make_tensor_value_info("s", onnx.TensorProto.FLOAT, [None, 6, 16])
+    proto.graph.value_info.append(known)
+    (note,) = SmoothActivations(TARGET, drawn(proto))(Model.from_proto(proto))
+    assert "s is a further output of SkipLayerNormalization" in note.text
+
+
+def test_a_constant_that_is_moved_takes_no_factor() -> None:
+    body = "u = Concat<axis = 2>(x, k0) y = MatMul(u, m0)"
+    proto = graph(body, "float[2, 6, 16] x", Y3)
+    for name, shape in (("k0", (2, 6, 4)), ("m0", (20, 8))):
+        proto.graph.initializer.append(numpy_helper.from_array(np.ones(shape, np.float32), name))
+    (note,) = SmoothActivations(TARGET, drawn(proto))(Model.from_proto(proto))
+    assert re.search("x is an input of the graph|k0 is constant, and moved", note.text)
+
+
 UNFIT = [
     pytest.param("y = Gemm<transA = 1>(t, m)", "float[16, N] x", Y2, "reads t transposed", id="transposed"),
     pytest.param("y = MatMul(t, m3)", ROWS_IN, Y3, "m3 is of rank 3", id="batch-of-weights"),
