@@ -25,7 +25,7 @@ from onnxq.model import Model
 
 VALUES = 1 << 17  # of one tensor's excerpt, about
 ROWS = 192  # of one tensor's excerpt
-WINDOW = 24  # length of a window along each axis of space
+WINDOW = 12  # length of a window along each axis of space
 ROUND = 1 << 26  # values that are fetched at a time, unless one tensor has more
 UNKNOWN = ROUND >> 3  # values that a tensor is thought to have before the first run
 
