@@ -26,14 +26,7 @@ from onnxq.files import atomic_write
 from onnxq.instrument import Plan, Wanted, instrument, stride
 from onnxq.model import Model
 from onnxq.numerics import histograms
-from onnxq.statistics import (
-    ChannelExtremes,
-    GramTally,
-    Histogram,
-    MinMax,
-    Statistic,
-    SumOfSquares,
-)
+from onnxq.statistics import GramTally, Histogram, MinMax, Statistic, SumOfSquares
 
 Feed = Mapping[str, NDArray[Any]]
 
@@ -51,9 +44,9 @@ def calibrate(
 ) -> dict[str, Statistic]:
     """Observe tensors over samples, those in bodies of If, Loop and Scan too.
 
-    wanted: tensor name -> `MinMax`, `Histogram`, `Squares(axis)`, whose result is a `SumOfSquares`,
-    or `Extremes(axis)`: `ChannelExtremes`; or any key -> `Products(tensor, ...)`, whose result is a
-    `Gram`. Bodies do not have the last three. data: dicts of arrays by input name; shapes may
+    wanted: tensor name -> `MinMax`, `Histogram` or `Squares(axis)`, whose result is a
+    `SumOfSquares`; or any key -> `Products(tensor, ...)`, whose result is a `Gram`. Bodies do not
+    have the last two. data: dicts of arrays by input name; shapes may
     differ from sample to sample. One sample is in flight (with an executor: a bounded number of
     chunks), so memory does not depend on the number of samples. The result does not depend on how
     the samples are divided. progress is called with the number of samples that are done.
@@ -160,8 +153,6 @@ class Watch:
                     tally.products.see(np.asarray(source), offset, unmasked(feed))
             elif probe.sums:
                 tally.see_sums(np.asarray(values[probe.source]))
-            elif probe.channels:
-                tally.see_channels(values[probe.lo], values[probe.hi])
             elif probe.lo:
                 lo, hi = float(values[probe.lo].min()), float(values[probe.hi].max())
                 if not np.isfinite(hi - lo):
@@ -196,8 +187,8 @@ class Watch:
         return {
             probe.tensor: tally.products.gram()
             if tally.products is not None
-            else tally.by_axis
-            if tally.by_axis is not None
+            else tally.sums
+            if tally.sums is not None
             else tally.histogram()
             if probe.histogram
             else tally.minmax()
@@ -216,18 +207,13 @@ class Tally:
     waiting: list[NDArray[np.uint16]] = field(default_factory=list)
     size: int = 0
     counted: histograms.Counts = histograms.NONE
-    by_axis: Any = None  # SumOfSquares or ChannelExtremes
+    sums: SumOfSquares | None = None
     products: GramTally | None = None
 
     def see_sums(self, sums: NDArray[Any]) -> None:
         """Add one sample's sums of squares."""
         new = SumOfSquares.of_sums(sums)
-        self.by_axis = new if self.by_axis is None else self.by_axis.merge(new)
-
-    def see_channels(self, lo: NDArray[Any], hi: NDArray[Any]) -> None:
-        """Add one sample's extremes of channels."""
-        new = ChannelExtremes.of_extremes(lo, hi)
-        self.by_axis = new if self.by_axis is None else self.by_axis.merge(new)
+        self.sums = new if self.sums is None else self.sums.merge(new)
 
     def extend(self, lo: float, hi: float) -> None:
         """Add one sample's extremes."""

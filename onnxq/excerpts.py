@@ -2,14 +2,15 @@
 
 What a layer's output would be with other numbers cannot be told from statistics of its input alone:
 rounding depends on the values. An excerpt is small and of bounded size, however many samples there
-are: `VALUES` floats of a tensor. Tensors whose samples are large are fetched in several rounds.
+are: `VALUES` floats of a tensor. Where a sample's tensors are large they are fetched in several
+runs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice
-from math import prod
+from dataclasses import dataclass, field
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -23,73 +24,125 @@ from onnxq.errors import DataError
 from onnxq.model import Model
 
 VALUES = 1 << 17  # of one tensor's excerpt, about
-ROWS = 256  # of one tensor's excerpt
-WINDOW = 24  # length of a window along each axis of space
-ROUND = 1 << 26  # values that one round fetches of a sample, unless one tensor has more
-RUNS = 8  # samples that are run
+ROWS = 192  # of one tensor's excerpt
+WINDOW = 12  # length of a window along each axis of space
+ROUND = 1 << 26  # values that are fetched at a time, unless one tensor has more
+UNKNOWN = ROUND >> 3  # values that a tensor is thought to have before the first run
 
-Excerpt = list[NDArray[np.float32]]
+Array = NDArray[np.float32]
+Feed = Mapping[str, NDArray[Any]]
+Place = tuple[str, int]  # a tensor, and its axis of channels
 
 
-def excerpts(model: Model, axes: Mapping[str, int], samples: Samples) -> dict[str, Excerpt]:
-    """Parts of tensors, from samples spread over all of them; tensor name -> channel axis.
+@dataclass(frozen=True, slots=True, eq=False)
+class Excerpt:
+    """Rows [n, channels] or windows [n, channels, ...], those of one shape as one array.
 
-    Of tensors whose channels are last: rows [n, channels]; of others windows [1, channels, ...]
-    with all channels, those of one shape together. One with values that are not finite has none.
+    lo, hi: least and greatest value of each channel in all of the tensor, in the samples that ran.
+    """
+
+    parts: Sequence[Array]
+    lo: Array
+    hi: Array
+
+    def divided(self, factor: NDArray[np.float64]) -> list[Array]:
+        """The parts, divided by [channels]."""
+        s = factor.astype(np.float32)
+        return [x / s.reshape(-1, *[1] * (x.ndim - 2)) for x in self.parts]
+
+
+@dataclass(slots=True)
+class _Tally:
+    """An excerpt under construction; values that are not finite spoil it."""
+
+    axis: int
+    parts: dict[tuple[int, ...], list[Array]] = field(default_factory=dict)
+    lo: Any = np.inf
+    hi: Any = -np.inf
+
+    def see(self, whole: NDArray[Any], index: int, count: int) -> None:
+        if not whole.size:
+            return
+        others = tuple(a for a in range(whole.ndim) if a != self.axis % whole.ndim)
+        self.lo = np.minimum(self.lo, whole.min(others))
+        self.hi = np.maximum(self.hi, whole.max(others))
+        part = _part(whole, self.axis, index, count)
+        self.parts.setdefault(part.shape[1:], []).append(part)
+
+    def excerpt(self) -> Excerpt | None:
+        if not self.parts or not np.isfinite([self.lo, self.hi]).all():
+            return None
+        parts = [np.concatenate(group) for group in self.parts.values()]
+        return Excerpt(parts, np.asarray(self.lo, np.float32), np.asarray(self.hi, np.float32))
+
+
+def excerpts(
+    model: Model, places: Sequence[Place], *divisions: tuple[Samples, int]
+) -> list[dict[Place, Excerpt]]:
+    """Excerpts of tensors, for each division: samples, and how many of them to run.
+
+    Of tensors whose channels are last: rows; of others windows with all channels. Tensors with
+    values that are not finite, or without any, have none.
 
     Raises DataError for samples that do not fit.
     """
-    found: dict[str, Excerpt] = {name: [] for name in axes}
-    step = -(-len(samples) // RUNS)
-    count = -(-len(samples) // step)
-    for names in _rounds(model, list(axes), samples):
-        proto = model.to_proto()
-        inputs = [i.name for i in proto.graph.input]
-        del proto.graph.output[:]
-        kept = [n for n in names if n not in inputs]
-        proto.graph.output.extend(onnx.ValueInfoProto(name=n) for n in kept or _any(proto))
-        session = runtime.session(proto)
-        wanted = [i.name for i in session.get_inputs()]
-        del proto
+    proto = model.to_proto()
+    inputs = {i.name for i in proto.graph.input}
+    tensors = dict.fromkeys(name for name, _ in places)
+    made = [n for n in tensors if n not in inputs]
+    del proto.graph.output[:]
+    names = made or [proto.graph.node[0].output[0]]  # a graph must have an output
+    proto.graph.output.extend(onnx.ValueInfoProto(name=n) for n in names)
+    session = runtime.session(proto)
+    del proto
+    wanted = [i.name for i in session.get_inputs()]
+    sizes, found = dict[str, int](), list[dict[Place, Excerpt]]()
+    for samples, limit in divisions:
+        tallies = {place: _Tally(place[1]) for place in places}
+        step = -(-len(samples) // limit)
+        count = -(-len(samples) // step)
         for index, feed in enumerate(islice(samples, 0, None, step)):
             check_feed(feed, index * step, wanted)
-            try:
-                made = session.run(kept, {n: np.asarray(feed[n]) for n in wanted}) if kept else []
-            except Exception as e:  # onnxruntime's exceptions have no base class of their own
-                raise DataError(
-                    f"sample {index * step} does not run: {str(e).splitlines()[0]}"
-                ) from e
-            values = dict(zip(kept, made, strict=True))
-            for name in names:
-                whole = np.asarray(values[name] if name in values else feed[name])
-                found[name].append(_part(whole, axes[name], index, count))
-    return {
-        name: _joined(parts) if all(np.isfinite(p).all() for p in parts) else []
-        for name, parts in found.items()
-    }
+            given = {n: np.asarray(feed[n]) for n in wanted}
+            known = [(n, given[n]) for n in tensors if n in inputs]
+            for name, whole in chain(known, _fetched(session, made, given, sizes, index * step)):
+                for place in places:
+                    if place[0] == name:
+                        tallies[place].see(whole, index, count)
+        made_of = {place: tally.excerpt() for place, tally in tallies.items()}
+        found.append({place: one for place, one in made_of.items() if one is not None})
+    return found
 
 
-def _any(proto: onnx.ModelProto) -> Sequence[str]:
-    return [proto.graph.node[0].output[0]]
+def _fetched(
+    session: Any, names: Sequence[str], feed: Feed, sizes: dict[str, int], index: int
+) -> Iterator[tuple[str, NDArray[Any]]]:
+    """A sample's tensors, in as many runs as it takes; sizes: learnt on the way."""
+    for group in _groups(names, sizes):
+        try:
+            values = session.run(group, feed)
+        except Exception as e:  # onnxruntime's exceptions have no base class of their own
+            raise DataError(f"sample {index} does not run: {str(e).splitlines()[0]}") from e
+        for name, whole in zip(group, values, strict=True):
+            sizes[name] = max(sizes.get(name, 0), whole.size)
+            yield name, whole
 
 
-def _rounds(model: Model, names: Sequence[str], samples: Samples) -> Iterator[list[str]]:
-    """The tensors, so many at a time that a sample's are not too many values."""
-    first = next(iter(samples))
-    shapes = model.shapes_for({name: np.shape(values) for name, values in first.items()})
-    found, size = list[str](), 0
+def _groups(names: Sequence[str], sizes: Mapping[str, int]) -> Iterator[list[str]]:
+    """The tensors, so many at a time that they are not too many values."""
+    group, total = list[str](), 0
     for name in names:
-        own = prod(shapes.get(name, (ROUND // 8,)))
-        if found and size + own > ROUND:
-            yield found
-            found, size = [], 0
-        found.append(name)
-        size += own
-    if found:
-        yield found
+        size = sizes.get(name, UNKNOWN)
+        if group and total + size > ROUND:
+            yield group
+            group, total = [], 0
+        group.append(name)
+        total += size
+    if group:
+        yield group
 
 
-def _part(whole: NDArray[Any], axis: int, index: int, count: int) -> NDArray[np.float32]:
+def _part(whole: NDArray[Any], axis: int, index: int, count: int) -> Array:
     """One sample's share of the excerpt, at another place for each sample (a Weyl sequence)."""
     offset = index * 2654435769 % (1 << 31)  # 2^32 / golden ratio (Knuth 6.4)
     if axis % whole.ndim == whole.ndim - 1:
@@ -106,12 +159,3 @@ def _part(whole: NDArray[Any], axis: int, index: int, count: int) -> NDArray[np.
         cut.append(slice(start, start + side))
         offset //= 7
     return np.ascontiguousarray(whole[tuple(cut)], np.float32)
-
-
-def _joined(parts: Sequence[NDArray[np.float32]]) -> Excerpt:
-    """Those of one shape, but for the first axis, as one array."""
-    by_shape: dict[tuple[int, ...], list[NDArray[np.float32]]] = {}
-    for part in parts:
-        if part.size:
-            by_shape.setdefault(part.shape[1:], []).append(part)
-    return [np.concatenate(group) for group in by_shape.values()]

@@ -8,9 +8,8 @@ and does not divide the tensor's size: so it falls into step with no width, heig
 It starts at another offset for each sample (a Weyl sequence over the sample's number), so that all
 positions are seen over the samples, wherever a sample is run.
 
-Sums of squares of each index of an axis (`Squares`), and its extremes (`Extremes`), are made in the
-graph as well. Tensors whose vectors' products are summed (`Products`) are fetched whole: a graph
-has no BLAS for patches.
+Sums of squares of each index of an axis (`Squares`) are made in the graph as well. Tensors whose
+vectors' products are summed (`Products`) are fetched whole: a graph has no BLAS for patches.
 
 Tensors in the bodies of If, Loop and Scan are logged in rows (`onnxq.bodies`).
 """
@@ -31,7 +30,7 @@ from onnxq import bodies
 from onnxq.errors import ModelError
 from onnxq.graphs import DEFAULT_DOMAIN
 from onnxq.model import Model
-from onnxq.statistics import Extremes, Histogram, MinMax, Products, Squares, Statistic
+from onnxq.statistics import Histogram, MinMax, Products, Squares, Statistic
 from onnxq.weights import data_type_of
 
 Feed = Mapping[str, NDArray[Any]]
@@ -39,7 +38,7 @@ Feed = Mapping[str, NDArray[Any]]
 SAMPLE = 2048  # values of a tensor that one sample adds to its histogram
 WHOLE = 1 << 17  # values up to which a tensor is fetched (measured: bench_calibration.py)
 ROWS = 32  # rows that a reduction in the graph leaves, about
-Wanted = Mapping[str, "type[Statistic] | Squares | Extremes | Products"]
+Wanted = Mapping[str, "type[Statistic] | Squares | Products"]
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
 
 
@@ -48,8 +47,7 @@ class Probe:
     """How one tensor is observed: `source` whole (`is_input`: in the feed), or what is made.
 
     is_log: `source` is rows of extremes and values, float32 [runs, bodies.ROW]. sums: `source` is
-    sums of squares. channels: `lo` and `hi` are those of channels. products: what is made of it
-    whole.
+    sums of squares. products: what is made of it whole.
     """
 
     tensor: str
@@ -59,7 +57,6 @@ class Probe:
     is_log: bool = False
     sums: bool = False
     products: Products | None = None
-    channels: bool = False
     lo: str = ""
     hi: str = ""
     sample: str = ""
@@ -120,10 +117,8 @@ def instrument(model: Model, wanted: Wanted, first: Feed) -> tuple[onnx.ModelPro
     extra, log = Observations(graph, model.opset), bodies.Log()
     probes = []
     for key, statistic in wanted.items():
-        wished = isinstance(statistic, Squares | Extremes | Products)
-        if statistic not in (MinMax, Histogram) and not wished:
-            choice = "MinMax, Histogram, Squares, Extremes or Products"
-            raise TypeError(f"cannot calibrate {statistic}: {choice}")
+        if statistic not in (MinMax, Histogram) and not isinstance(statistic, Squares | Products):
+            raise TypeError(f"cannot calibrate {statistic}: MinMax, Histogram, Squares or Products")
         tensor = statistic.tensor if isinstance(statistic, Products) else key
         if tensor not in inputs and tensor not in made and tensor not in inside:
             raise ModelError(f"there is no activation {tensor!r} to calibrate")
@@ -132,12 +127,11 @@ def instrument(model: Model, wanted: Wanted, first: Feed) -> tuple[onnx.ModelPro
             name = TensorProto.DataType.Name(kind).lower()
             raise ModelError(f"cannot calibrate {tensor!r}: it is of type {name}, not float")
         histogram = statistic is Histogram
-        if isinstance(statistic, Squares | Extremes):
+        if isinstance(statistic, Squares):
             if tensor in inside:
-                raise ModelError(f"cannot calibrate {tensor!r}: nothing by channel in bodies")
+                raise ModelError(f"cannot calibrate {tensor!r}: no sums of squares in bodies")
             rank = len(shapes.get(tensor) or _dims(types[tensor]) or ())
-            add = extra.squares if isinstance(statistic, Squares) else extra.extremes
-            probes.append(add(tensor, kind, rank, statistic.axis))
+            probes.append(extra.squares(tensor, kind, rank, statistic.axis))
         elif isinstance(statistic, Products):
             if tensor in inside:
                 raise ModelError(f"cannot calibrate {tensor!r}: no sums of products in bodies")
@@ -208,37 +202,20 @@ class Observations:
 
     def squares(self, tensor: str, kind: int, rank: int, axis: int) -> Probe:
         """Sum the squares over all axes but one. Raises ModelError for a rank that is not known."""
-        source, axes = self.channels(tensor, kind, rank, axis)
-        sums = self.over("ReduceSumSquare", source, axes) if axes else ""
-        sums = sums or self.node("Mul", source, source)
-        self.output(sums)
-        return Probe(tensor, False, sums, sums=True)
-
-    def extremes(self, tensor: str, kind: int, rank: int, axis: int) -> Probe:
-        """Extremes over all axes but one. Raises ModelError for a rank that is not known."""
-        source, axes = self.channels(tensor, kind, rank, axis)
-        lo, hi = (
-            self.over(op, source, axes) if axes else self.node("Identity", source)
-            for op in ("ReduceMin", "ReduceMax")
-        )
-        self.output(lo)
-        self.output(hi)
-        return Probe(tensor, False, source, channels=True, lo=lo, hi=hi)
-
-    def channels(self, tensor: str, kind: int, rank: int, axis: int) -> tuple[str, list[int]]:
-        """The tensor in float32, and all its axes but one."""
         if not -rank <= axis < rank:
             raise ModelError(f"cannot calibrate {tensor!r}: it has no axis {axis}")
         source = tensor
         if kind != TensorProto.FLOAT:
             source = self.node("Cast", tensor, to=TensorProto.FLOAT)
-        return source, [a for a in range(rank) if a != axis % rank]
-
-    def over(self, op: str, source: str, axes: list[int]) -> str:
-        """Reduce over axes."""
-        if self.opset >= 18:
-            return self.node(op, source, self.constant(*axes), keepdims=0)
-        return self.node(op, source, keepdims=0, axes=axes)
+        axes = [a for a in range(rank) if a != axis % rank]
+        if not axes:
+            sums = self.node("Mul", source, source)
+        elif self.opset >= 18:
+            sums = self.node("ReduceSumSquare", source, self.constant(*axes), keepdims=0)
+        else:
+            sums = self.node("ReduceSumSquare", source, keepdims=0, axes=axes)
+        self.output(sums)
+        return Probe(tensor, False, sums, sums=True)
 
     def reduce(self, op: str, source: str, shape: list[int] | None) -> str:
         """Reduce to about ROWS rows: a reduction to one value runs on one core only."""
@@ -247,7 +224,10 @@ class Observations:
             return self.node(op, source, keepdims=0)
         rows = np.cumprod(shape[:-1])
         split = 1 + int(np.argmin(np.abs(np.log(np.maximum(rows, 1) / ROWS))))
-        return self.over(op, source, list(range(split, rank)))
+        axes = list(range(split, rank))
+        if self.opset >= 18:
+            return self.node(op, source, self.constant(*axes), keepdims=0)
+        return self.node(op, source, keepdims=0, axes=axes)
 
     def window(self, source: str, known: list[int | None] | None) -> tuple[str, str]:
         """Start and step of the strided sample; tensors of equal size share them."""

@@ -23,6 +23,10 @@ ALIASES = {
     ("quantize_static", "range"): "weight_range",
     ("quantize_static", "activation_range"): "range",
     ("quantize_weights", "weights"): "format",
+    ("reconstruct_weights", "weights"): "format",
+    ("scale_salient", "weights"): "format",
+    ("smooth_activations", "range"): "weight_range",
+    ("smooth_activations", "activation_range"): "range",
 }
 
 

@@ -76,8 +76,12 @@ class Division:
         node = producer(tensor)
         if (factor == 1).all():
             return
+        if is_constant(tensor):
+            raise Skip(f"{tensor.name} is constant, and moved")
         if node is None or self.model.is_input(tensor):
             raise Skip(f"{tensor.name} is an input of the graph")
+        if node.op != "Split" and node.outputs[0] is not tensor:
+            raise Skip(f"{tensor.name} is a further output of {node.op} {node.name}")
         if tensor.shape is None or len(tensor.shape) != factor.ndim:
             raise Skip(f"the rank of {tensor.name} is not known")
         domain = node.domain or ""

@@ -22,15 +22,15 @@ from numpy.typing import NDArray
 
 from onnxq.core import Note, Skip
 from onnxq.data import Samples
-from onnxq.excerpts import Excerpt, excerpts
+from onnxq.excerpts import Excerpt
 from onnxq.model import Model
 from onnxq.numerics.migration import salience, search
 from onnxq.numerics.shrinking import Affine, grams, shrunk
-from onnxq.packed import Grid, Recovered, remembered
+from onnxq.packed import Grid, Recovered
 from onnxq.passes.layouts import Held
 from onnxq.passes.linear import constant
 from onnxq.passes.rescaling import Factor
-from onnxq.passes.sites import Array, Site, Trial, divided, find_sites, told
+from onnxq.passes.sites import UNREAL, Array, Site, Trial, excerpts_of, find_sites, told
 from onnxq.passes.weight_plans import WeightPlan
 from onnxq.passes.weight_storage import Found, find_weights
 from onnxq.schemes import (
@@ -91,11 +91,15 @@ class ScaleSalient:
 
         Raises DataError for samples that do not fit.
         """
+        if self.samples.synthetic:
+            return [Note(NAME, model.graph.name, UNREAL, changed=False)]
         model.separate_names()
         found, _ = find_weights(model, self.layers, self.smallest, rule=NAME)
         weights = {id(weight.node): weight for weight in found if weight.held.index == 1}
-        sites = list(find_sites(model, lambda node: id(node) in weights))
-        notes = _Work(self, model, weights).run(sites) if sites else []
+        sites, unfit = find_sites(model, lambda node: id(node) in weights)
+        notes = [Note(NAME, node.name, why, changed=False) for node, why in unfit]
+        if sites:
+            notes += _Work(self, model, weights).run(sites)
         if any(note.changed for note in notes):
             model.sweep()
         return notes
@@ -113,18 +117,17 @@ class _Work:
         self.notes: list[Note] = []
 
     def run(self, sites: Sequence[Site]) -> list[Note]:
-        chosen, judged = divided(self.options.samples)
-        axes = {site.tensor.name: site.axis for site in sites}
-        near, apart = (excerpts(self.model, axes, part) for part in (chosen, judged))
+        near, apart = excerpts_of(self.model, sites, self.options.samples)
+        usable = [s for s in sites if s.place in near and s.place in apart]
         for site in sites:
-            if not near[site.tensor.name] or not apart[site.tensor.name]:
-                why = f"{site.tensor.name} has values that are not finite"
+            if site not in usable:
+                why = f"{site.tensor.name} has no values, or some that are not finite"
                 self._tell(site.layers[0], why, changed=False)
-        usable = [s for s in sites if near[s.tensor.name] and apart[s.tensor.name]]
-        factors = [self._factor(s, near[s.tensor.name], apart[s.tensor.name]) for s in usable]
+        parts = [(near[s.place], apart[s.place]) for s in usable]
+        factors = [self._factor(site, *p) for site, p in zip(usable, parts, strict=True)]
         if self.options.clip:  # a layer may be the producer of another's input: integers come last
-            for site, factor in zip(usable, factors, strict=True):
-                self._narrow(site, factor, near[site.tensor.name], apart[site.tensor.name])
+            for site, factor, p in zip(usable, factors, parts, strict=True):
+                self._narrow(site, factor, *p)
         return self.notes
 
     def _tell(self, node: gs.Node, text: str, *, changed: bool = True) -> None:
@@ -143,16 +146,11 @@ class _Work:
     def _scaled(self, site: Site, near: Excerpt, apart: Excerpt) -> tuple[str, Factor]:
         """Search a, judge, and edit; raises Skip where it is not worth it."""
         site.division(self.model, np.arange(2.0, site.channels + 2))
-        axis = [1 if site.axis == 1 and x.ndim > 2 else x.ndim - 1 for x in near]
-        sums = [
-            np.abs(np.moveaxis(x, a, -1)).reshape(-1, site.channels).sum(0, dtype=np.float64)
-            for x, a in zip(near, axis, strict=True)
-        ]
-        means = np.sum(sums, 0) / sum(x.size for x in near) * site.channels
+        means = np.mean([_mean_magnitudes(x) for x in near.parts], 0)
         trial = self._trial(site, near)
         a, _ = search(lambda a: trial.error(salience(means, a)), POWERS)
         factor, trial = salience(means, a), self._trial(site, apart)
-        before, after = trial.error(None), trial.error(factor)
+        before, after = trial.error(np.ones(site.channels)), trial.error(factor)
         text = f"power {a:g}: {told(before)} -> {told(after)} on held-out samples"
         if not after < GAIN * before:
             raise Skip(f"{text}: left as it was")
@@ -166,21 +164,13 @@ class _Work:
     def _narrow(self, site: Site, factor: Factor, near: Excerpt, apart: Excerpt) -> None:
         """Search ranges for each layer of the site, judge, and give it its integers."""
         for node in site.layers:
-            tensor = node.inputs[1]
-            if node.op not in ("MatMul", "Gemm") or len(tensor.outputs) > 1:
-                continue
-            if remembered(tensor) is not None:
-                continue
             weight = self.weights[id(node)]
             scheme, held = self.schemes[id(node)], weight.held
             size = scheme.group_size or held.length
-            if isinstance(scheme.granularity, PerTensor) or held.length % size:
+            if why := _kept_ranges(node, scheme, held.length % size):
+                self._tell(node, why, changed=False)
                 continue
-            x, y = (
-                np.concatenate([np.asarray(p.reshape(-1, site.channels) / factor, np.float32)
-                                for p in part])
-                for part in (near, apart)
-            )  # fmt: skip
+            x, y = (np.concatenate(part.divided(factor)) for part in (near, apart))
             rows = np.ascontiguousarray(held.rows(constant(node, 1)), np.float32)
             start = quantize_weight(rows, scheme, method=self.options.range)[1]
             found = _narrowed(rows, scheme, start, grams(x, size))
@@ -213,6 +203,21 @@ class _Work:
 
         name = self.model.unique(f"{node.inputs[1].name}_narrowed")
         return Weight(name, Recovered(grid, held.shape, np.float32))
+
+
+def _mean_magnitudes(x: Array) -> NDArray[np.float64]:
+    """By channel."""
+    others = tuple(a for a in range(x.ndim) if a != 1)
+    return np.asarray(np.abs(x).mean(others, dtype=np.float64))
+
+
+def _kept_ranges(node: gs.Node, scheme: QuantScheme, rest: int) -> str:
+    """Why ranges of a layer are not narrowed; empty: they may be."""
+    if node.op not in ("MatMul", "Gemm"):
+        return f"ranges of a {node.op} are left as they are"
+    if isinstance(scheme.granularity, PerTensor):
+        return "one range for all channels is left as it is"
+    return "ranges are left as they are: the last group is smaller" if rest else ""
 
 
 def _narrowed(rows: NDArray[Any], scheme: QuantScheme, start: QParams, gram: Array) -> QParams:

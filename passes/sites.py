@@ -8,7 +8,7 @@ layer by layer on excerpts of activations (`onnxq.excerpts`), without running th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,25 +20,29 @@ from onnx import TensorProto, helper
 from onnxq import runtime
 from onnxq.core import Skip
 from onnxq.data import Samples
-from onnxq.excerpts import Excerpt
+from onnxq.errors import DataError
+from onnxq.excerpts import Excerpt, Place, excerpts
 from onnxq.model import Model
 from onnxq.packed import remembered
 from onnxq.passes.layouts import Held, held_by
 from onnxq.passes.linear import LINEAR, constant
 from onnxq.passes.ops import is_constant
 from onnxq.passes.rescaling import Division, Factor, along, multiplied
-from onnxq.schemes import Method, PerChannel, PerGroup, QuantScheme, quantize_weight
+from onnxq.schemes import Method, PerChannel, PerGroup, PerTensor, QuantScheme, quantize_weight
 
 Array = NDArray[np.float32]
 Rounded = Callable[[Array], Array]
+UNREAL = "synthetic samples do not tell which channels are large: give --data"
 HELD_OUT = 4  # of so many samples one is held out, the last ones
+RUNS, JUDGED = 8, 4  # samples that are run at most, to choose on and to judge on
+OUTPUTS = 96  # of a layer that errors are computed of
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Site:
     """A tensor with `channels` along `axis`, and all the linear layers that read it.
 
-    elsewhere: what else reads it; unfit: why the layers' weights are not to be edited.
+    elsewhere: why the tensor cannot be divided where it is made, as far as its readers go.
     """
 
     tensor: gs.Tensor
@@ -46,24 +50,23 @@ class Site:
     channels: int
     layers: tuple[gs.Node, ...]
     elsewhere: str = ""
-    unfit: str = ""
-
-    @property
-    def is_multiplicable(self) -> bool:
-        """Whether the layers' weights may be edited, whatever else reads the tensor."""
-        return not self.unfit
 
     @property
     def name(self) -> str:
         """The first layer's."""
         return str(self.layers[0].name)
 
+    @property
+    def place(self) -> Place:
+        """What is looked at."""
+        return self.tensor.name, self.axis
+
     def division(
         self, model: Model, factor: Factor, takes: Callable[[gs.Node], bool] = lambda _: True
     ) -> Division:
         """How the tensor is divided by [channels] where it is made. Raises Skip where not."""
-        if self.elsewhere or self.unfit:
-            raise Skip(self.unfit or self.elsewhere)
+        if self.elsewhere:
+            raise Skip(self.elsewhere)
         plan = Division(model, takes)
         plan.divide(self.tensor, along(factor, self.axis, len(self.tensor.shape)))
         return plan
@@ -83,37 +86,34 @@ class Site:
             made = multiplied(node, constant(node, 1), factor)
             node.inputs[1] = model.constant(f"{weight.name}_scaled", made)
 
-    def weight_maxima(self) -> NDArray[np.float64]:
-        """The greatest magnitude of each input channel's weights, over all layers."""
-        maxima = [_channel_maxima(n, constant(n, 1), self.channels) for n in self.layers]
-        return np.asarray(np.max(maxima, 0))
+    def weights(self) -> NDArray[np.float64]:
+        """All that a channel is multiplied with, over all layers: [channels, values]."""
+        return np.concatenate([_by_channel(n, constant(n, 1)) for n in self.layers], 1)
 
 
-def find_sites(model: Model, wanted: Callable[[gs.Node], bool]) -> Iterator[Site]:
-    """Tensors of the main graph that layers which are wanted read, in graph order."""
-    found: dict[int, Site] = {}
+def find_sites(
+    model: Model, wanted: Callable[[gs.Node], bool]
+) -> tuple[list[Site], list[tuple[gs.Node, str]]]:
+    """Tensors of the main graph that layers which are wanted read, in graph order.
+
+    And the layers with constant weights that cannot be rescaled, with the reasons.
+    """
+    found: dict[tuple[int, int, int], Site] = {}
+    unfit: list[tuple[gs.Node, str]] = []
     for node in model.graph.nodes:
-        if node.op not in LINEAR or node.domain or not wanted(node):
+        if node.op not in LINEAR or node.domain or not is_constant(node.inputs[1]):
             continue
-        tensor, weight = node.inputs[:2]
-        shape = weight.shape
-        if is_constant(tensor) or not is_constant(weight) or weight.dtype != np.float32:
+        if not wanted(node) or is_constant(node.inputs[0]):
             continue
-        if not shape or len(shape) < 2 or (node.op == "MatMul" and len(shape) != 2):
+        if why := _unfit(node):
+            unfit.append((node, why))
             continue
-        if node.attrs.get("transA", 0) or tensor.shape is None:
-            continue
-        is_conv = node.op in ("Conv", "ConvTranspose")
-        axis = 1 if is_conv else len(tensor.shape) - 1
-        channels = _channels(node)
-        if id(tensor) in found:
-            site = found[id(tensor)]
-            if (site.axis, site.channels) == (axis, channels):
-                found[id(tensor)] = replace(site, layers=(*site.layers, node))
-        else:
-            found[id(tensor)] = Site(tensor, axis, channels, (node,))
-    for site in found.values():
-        yield replace(site, elsewhere=_elsewhere(model, site), unfit=_unfit(site))
+        tensor = node.inputs[0]
+        axis = 1 if node.op in ("Conv", "ConvTranspose") else len(tensor.shape) - 1
+        key = id(tensor), axis, _channels(node)
+        site = found.get(key, Site(*(tensor, *key[1:]), ()))
+        found[key] = replace(site, layers=(*site.layers, node))
+    return [replace(s, elsewhere=_elsewhere(model, s)) for s in found.values()], unfit
 
 
 def _elsewhere(model: Model, site: Site) -> str:
@@ -122,21 +122,30 @@ def _elsewhere(model: Model, site: Site) -> str:
     if model.is_output(site.tensor):
         return f"{site.tensor.name} is an output"
     for node in site.tensor.outputs:
-        if id(node) not in layers or node.inputs[1] is site.tensor:
+        if id(node) not in layers:
             return f"{site.tensor.name} is also read by {node.op} {node.name}"
     return ""
 
 
-def _unfit(site: Site) -> str:
-    """Why the weights of the layers are not to be edited; empty: they may be."""
-    for node in site.layers:
-        if len(node.inputs[1].outputs) > 1:
-            return f"{node.inputs[1].name} is also used elsewhere"
-        if remembered(node.inputs[1]) is not None:
-            return f"{node.inputs[1].name} keeps its integers"
-        if not np.isfinite(constant(node, 1)).all():
-            return f"{node.inputs[1].name} has NaN or infinite values"
-    return ""
+def _unfit(node: gs.Node) -> str:
+    """Why the input channels of a layer cannot be rescaled; empty: they can."""
+    tensor, weight = node.inputs[:2]
+    rank = len(weight.shape)
+    if node.attrs.get("transA", 0):
+        return f"{node.name} reads {tensor.name} transposed"
+    if tensor.shape is None:
+        return f"the rank of {tensor.name} is not known"
+    if rank < 2 or (node.op == "MatMul" and rank > 2):
+        return f"{weight.name} is of rank {rank}"
+    if len(weight.outputs) > 1:
+        return f"{weight.name} is also used elsewhere"
+    if remembered(weight) is not None:
+        return f"{weight.name} keeps its integers"
+    try:
+        values = constant(node, 1)
+    except Skip as reason:
+        return str(reason)
+    return "" if np.isfinite(values).all() else f"{weight.name} has NaN or infinite values"
 
 
 def _channels(node: gs.Node) -> int:
@@ -146,22 +155,34 @@ def _channels(node: gs.Node) -> int:
     return int(shape[1 if node.op == "Gemm" and node.attrs.get("transB", 0) else 0])
 
 
-def _channel_maxima(node: gs.Node, weight: NDArray[Any], channels: int) -> NDArray[np.float64]:
-    size = np.abs(weight.astype(np.float64))
+def _by_channel(node: gs.Node, weight: NDArray[Any]) -> NDArray[np.float64]:
+    wide = weight.astype(np.float64)
     if node.op == "Conv":  # [outputs, inputs / group, ...]
-        group = channels // weight.shape[1]
-        split = size.reshape(group, weight.shape[0] // group, weight.shape[1], -1)
-        return np.asarray(split.max((1, 3)).reshape(-1))
-    axis = 1 if node.op == "Gemm" and node.attrs.get("transB", 0) else 0
-    return np.asarray(np.moveaxis(size, axis, 0).reshape(channels, -1).max(1))
+        group = int(node.attrs.get("group", 1))
+        wide = wide.reshape(group, len(wide) // group, wide.shape[1], -1).swapaxes(1, 2)
+    elif node.op == "Gemm" and node.attrs.get("transB", 0):
+        wide = wide.T
+    return wide.reshape(_channels(node), -1)
 
 
-def divided(samples: Samples) -> tuple[Samples, Samples]:
-    """Samples to choose on, and the last quarter to judge on; a single one does for both."""
+def excerpts_of(
+    model: Model, sites: Sequence[Site], samples: Samples
+) -> tuple[Mapping[Place, Excerpt], Mapping[Place, Excerpt]]:
+    """To choose on, and of the last quarter of the samples to judge on; one sample does for both.
+
+    Raises DataError without samples, or with ones that do not fit.
+    """
+    if not len(samples):
+        raise DataError("rescaling looks at samples: give --data")
+    places = list(dict.fromkeys(site.place for site in sites))
     held = len(samples) // HELD_OUT
     if not held:
-        return samples, samples
-    return samples.take(len(samples) - held), samples.skip(len(samples) - held)
+        (both,) = excerpts(model, places, (samples, RUNS))
+        return both, both
+    size = len(samples) - held
+    parts = (samples.take(size), RUNS), (samples.skip(size), JUDGED)
+    near, apart = excerpts(model, places, *parts)
+    return near, apart
 
 
 def product_of(node: gs.Node, opset: int) -> Callable[[Array, Array], Array]:
@@ -178,6 +199,16 @@ def product_of(node: gs.Node, opset: int) -> Callable[[Array, Array], Array]:
     )
     session = runtime.session(proto)
     return lambda x, w: np.asarray(session.run(None, {"x": x, "w": w})[0])
+
+
+def some_outputs(node: gs.Node, weight: NDArray[Any], scheme: QuantScheme) -> Array:
+    """The weight, of at most about OUTPUTS of its output channels where they can be left out."""
+    if scheme.granularity != PerTensor() and node.attrs.get("group", 1) == 1:
+        by_row = node.op == "Conv" or node.attrs.get("transB", 0)
+        axis = 0 if by_row else 1
+        step = -(-weight.shape[axis] // OUTPUTS)
+        weight = weight[::step] if by_row else weight[:, ::step]
+    return np.ascontiguousarray(weight, np.float32)
 
 
 def rounded_weight(
@@ -197,7 +228,7 @@ def rounded_weight(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Part:
-    """A layer of a trial, and its exact results for each excerpt."""
+    """A layer of a trial, and its exact results for each part of the excerpt."""
 
     node: gs.Node
     held: Held
@@ -222,23 +253,23 @@ class Trial:
         method: Method,
         opset: int,
     ) -> None:
-        self.site, self.excerpt, self.method = site, excerpt, method
+        self.excerpt, self.method = excerpt, method
         self.parts: list[_Part] = []
         for node in site.layers:
             held = next(h for h in held_by(node) if h.index == 1)
-            product, weight = product_of(node, opset), constant(node, 1)
-            exact = [product(x, weight) for x in excerpt]
+            scheme, product = schemes[id(node)], product_of(node, opset)
+            weight = some_outputs(node, constant(node, 1), scheme)
+            exact = [product(x, weight) for x in excerpt.parts]
             energy = float(sum(np.square(y, dtype=np.float64).sum() for y in exact))
-            self.parts.append(
-                _Part(node, held, weight, schemes[id(node)], product, exact, energy or 1.0)
-            )
+            held = replace(held, shape=weight.shape)
+            self.parts.append(_Part(node, held, weight, scheme, product, exact, energy or 1.0))
 
-    def error(self, factor: Factor | None, rounded: Rounded = lambda x: x) -> float:
-        """With x / s rounded by `rounded` and s W in the layer's scheme; None: without a factor."""
-        inputs = [rounded(self._divided(x, factor)) for x in self.excerpt]
+    def error(self, factor: Factor, rounded: Rounded = lambda x: x) -> float:
+        """With x / s rounded by `rounded` and s W in the layer's scheme."""
+        inputs = [rounded(x) for x in self.excerpt.divided(factor)]
         total = 0.0
         for part in self.parts:
-            weight = part.weight if factor is None else multiplied(part.node, part.weight, factor)
+            weight = multiplied(part.node, part.weight, factor)
             weight = rounded_weight(part.held, weight, part.scheme, self.method)
             errors = (
                 np.square(part.product(x, weight) - y, dtype=np.float64).sum()
@@ -246,12 +277,6 @@ class Trial:
             )
             total += float(sum(errors)) / part.energy
         return total / len(self.parts)
-
-    def _divided(self, x: Array, factor: Factor | None) -> Array:
-        if factor is None:
-            return x
-        axis = 1 if self.site.axis == 1 and x.ndim > 2 else x.ndim - 1
-        return np.asarray(x / along(factor, axis, x.ndim), np.float32)
 
 
 def told(error: float) -> str:

@@ -11,35 +11,32 @@ is added.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import islice
-from typing import Literal, cast
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnxq.calibration import calibrate
 from onnxq.core import Note, Skip
 from onnxq.data import Samples
-from onnxq.excerpts import Excerpt, excerpts
+from onnxq.excerpts import Excerpt
 from onnxq.layers import Layers
 from onnxq.model import Model
-from onnxq.numerics.migration import search, smoothing
+from onnxq.numerics.migration import rounding_noise, search, smoothing
 from onnxq.options import require_range
-from onnxq.passes.formats import formats_of, require_formats
+from onnxq.passes.formats import Formats, formats_of, require_formats
 from onnxq.passes.rescaling import Factor
-from onnxq.passes.sites import Array, Site, Trial, divided, find_sites, told
+from onnxq.passes.sites import UNREAL, Array, Site, Trial, excerpts_of, find_sites, told
 from onnxq.schemes import Method as WeightMethod
-from onnxq.schemes import PerChannel, QuantScheme
-from onnxq.statistics import ChannelExtremes, Extremes, Histogram, Method
+from onnxq.schemes import PerTensor
+from onnxq.statistics import Histogram, Method
 from onnxq.targets import Target
 
 NAME = "smooth_activations"
 ALPHAS = (0.4, 0.6, 0.8, 0.95)
-RUNS = 32  # samples at most that extremes are taken from, spread over all
-GAIN = 0.9  # of the error that may be left at most, or the layer stays as it was
-GAIN_OF_NODE = 0.5  # the same where a node is added
+ENOUGH = 10**-3.5  # relative squared error of results (35 dB) below which nothing is tried
+GAIN = 0.5  # of the error that may be left at most, or the layer stays as it was
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +44,8 @@ class SmoothActivations:
     """Before quantize_static, with its options: they say what the layers will be rounded to.
 
     For each tensor that layers read, a is searched by the error of their results on excerpts of
-    three quarters of the samples; the rest judges whether the factor stays. alpha: no search.
-    insert: where nothing takes the division in, a Mul is added if it brings 3 dB or more.
+    three quarters of the samples; the rest judges whether the factor stays: it has to bring 3 dB.
+    alpha: no search. insert: where nothing takes the division in, a Mul is added.
     """
 
     target: Target
@@ -62,7 +59,6 @@ class SmoothActivations:
     alpha: float | None = None
     insert: bool = False
     layers: tuple[str, ...] = ()
-    progress: Callable[[int], None] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         require_range("group_size", self.group_size, 1)
@@ -81,6 +77,8 @@ class SmoothActivations:
 
         Raises DataError for samples that do not fit.
         """
+        if self.samples.synthetic:
+            return [Note(NAME, model.graph.name, UNREAL, changed=False)]
         model.separate_names()
         formats = formats_of(
             model, self.target, Layers.parse(self.layers).choices(model),
@@ -91,123 +89,118 @@ class SmoothActivations:
         def is_quantized(node: gs.Node) -> bool:
             return id(node) in formats.weights and id(node) not in formats.floats
 
-        def takes(node: gs.Node) -> bool:  # no channel of a weight may widen another's range
-            scheme = formats.weights.get(id(node))
-            return scheme is None or isinstance(scheme.granularity, PerChannel)
-
-        notes, sites = list[Note](), list[Site]()
-        for site in find_sites(model, is_quantized):
-            try:
-                site.division(model, np.arange(2.0, site.channels + 2), takes)
-            except Skip as reason:
-                if self.insert and site.is_multiplicable:
-                    sites.append(site)
-                else:
-                    notes.append(Note(NAME, site.name, str(reason), changed=False))
-            else:
-                sites.append(site)
-        if sites:
-            work = _Work(self, model, formats.weights, formats.activations)
-            notes += work.run(sites, takes)
+        sites, unfit = find_sites(model, is_quantized)
+        work = _Work(self, model, formats)
+        notes = [Note(NAME, node.name, why, changed=False) for node, why in unfit]
+        notes += work.run(sites)
+        if any(note.changed for note in notes):
             model.sweep()
         return notes
 
 
+@dataclass(frozen=True, slots=True)
 class _Work:
     """One run of the pass over one model."""
 
-    def __init__(
-        self,
-        options: SmoothActivations,
-        model: Model,
-        schemes: Mapping[int, QuantScheme],
-        formats: Mapping[int, str],
-    ) -> None:
-        self.options, self.model, self.schemes, self.formats = options, model, schemes, formats
+    options: SmoothActivations
+    model: Model
+    formats: Formats
 
-    def run(self, sites: Sequence[Site], takes: Callable[[gs.Node], bool]) -> list[Note]:
-        chosen, judged = divided(self.options.samples)
-        axes = {site.tensor.name: site.axis for site in sites}
-        wanted = {name: Extremes(axis) for name, axis in axes.items()}
-        spread = islice(chosen, 0, None, -(-len(chosen) // RUNS))
-        seen = calibrate(self.model, wanted, spread, progress=self.options.progress)
-        near, apart = (excerpts(self.model, axes, part) for part in (chosen, judged))
-        notes = []
-        for site in sites:
-            name = site.tensor.name
+    def run(self, sites: Sequence[Site]) -> list[Note]:
+        """A note for each tensor."""
+        texts = {site.name: self._obstacle(site) for site in sites}
+        possible = [s for s in sites if self.options.insert or not texts[s.name]]
+        if possible:
+            near, apart = excerpts_of(self.model, possible, self.options.samples)
+        changed = set[str]()
+        for site in possible:
+            place = site.place
             try:
-                text = self._smoothed(
-                    site, cast(ChannelExtremes, seen[name]), near[name], apart[name], takes
-                )
+                if place not in near or place not in apart:
+                    raise Skip(f"{site.tensor.name} has no values, or some that are not finite")
+                texts[site.name] = self._smoothed(site, near[place], apart[place])
+                changed.add(site.name)
             except Skip as reason:
-                notes.append(Note(NAME, site.name, str(reason), changed=False))
-            else:
-                notes.append(Note(NAME, site.name, text))
-        return notes
+                texts[site.name] = str(reason)
+        return [Note(NAME, name, text, changed=name in changed) for name, text in texts.items()]
 
-    def _smoothed(
-        self,
-        site: Site,
-        seen: ChannelExtremes,
-        near: Excerpt,
-        apart: Excerpt,
-        takes: Callable[[gs.Node], bool],
-    ) -> str:
-        """Search a, judge, and edit; raises Skip where it is not worth it."""
-        if seen.has_nonfinite or not near or not apart:
-            raise Skip(f"{site.tensor.name} has values that are not finite")
-        if seen.lo.size != site.channels:
-            raise Skip(f"{site.tensor.name} has another number of channels")
-        options, maxima = self.options, site.weight_maxima()
+    def _takes(self, node: gs.Node) -> bool:  # no channel of a weight may widen another's range
+        scheme = self.formats.weights.get(id(node))
+        return scheme is None or not isinstance(scheme.granularity, PerTensor)
+
+    def _obstacle(self, site: Site) -> str:
+        """What takes no factor; empty: what makes the tensor does."""
+        try:
+            site.division(self.model, np.arange(2.0, site.channels + 2), self._takes)
+        except Skip as reason:
+            return str(reason)
+        return ""
+
+    def _smoothed(self, site: Site, near: Excerpt, apart: Excerpt) -> str:
+        """Find a, judge, and edit; raises Skip where it is not worth it."""
+        weights = site.weights()
+        maxima, energy = np.abs(weights).max(1), np.square(weights).sum(1)
+        none = np.ones(site.channels)
 
         def factor_of(a: float) -> Factor:
-            return smoothing(seen.absmax, maxima, a)
+            return smoothing(np.maximum(near.hi, -near.lo), maxima, a)
 
-        trial = self._trial(site, near)
+        def error(trial: Trial, factor: Factor) -> float:
+            return trial.error(factor, self._rounding(site, (near, apart), factor))
 
-        def error(a: float) -> float:
-            return trial.error(factor_of(a), self._rounding(site, seen, near, factor_of(a)))
-
-        before, floor = trial.error(None, self._rounding(site, seen, near, None)), trial.error(None)
-        if options.alpha is None and GAIN * before < floor:
-            raise Skip(f"{told(before)}, {told(floor)} with exact inputs: they are not what costs")
-        a = search(error, ALPHAS)[0] if options.alpha is None else options.alpha
+        a = self.options.alpha
+        if a is None:
+            noise = [
+                rounding_noise(near.lo, near.hi, energy, factor)
+                for factor in (none, *map(factor_of, ALPHAS))
+            ]
+            if not min(noise) < GAIN * noise[0]:
+                raise Skip(f"{site.tensor.name} has no channels that are much larger than others")
+            trial = self._trial(site, near)
+            before = error(trial, none)
+            if before < ENOUGH:
+                raise Skip(f"{told(before)}: close enough as it is")
+            floor = trial.error(none)
+            if GAIN * before < floor:
+                why = f"{told(before)}, {told(floor)} with exact inputs"
+                raise Skip(f"{site.tensor.name} is not what costs: {why}")
+            a, after = search(lambda a: error(trial, factor_of(a)), ALPHAS)
+            if not after < GAIN * before:
+                raise Skip(f"alpha {a:g}: {told(before)} -> {told(after)}: left as it was")
         factor, trial = factor_of(a), self._trial(site, apart)
-        before = trial.error(None, self._rounding(site, seen, near, None))
-        after = trial.error(factor, self._rounding(site, seen, near, factor))
-        text = f"{told(before)} -> {told(after)} on held-out samples"
+        before, after = error(trial, none), error(trial, factor)
+        text = f"alpha {a:g}: {told(before)} -> {told(after)} on held-out samples"
         if not after < GAIN * before:
-            raise Skip(f"alpha {a:g}: {text}: left as it was")
+            raise Skip(f"{text}: left as it was")
         try:
-            site.division(self.model, factor, takes).apply()
+            site.division(self.model, factor, self._takes).apply()
         except Skip as reason:
-            if not after < GAIN_OF_NODE * before:
-                raise Skip(f"alpha {a:g}: {text}: not worth a Mul; {reason}") from reason
+            if not self.options.insert:
+                raise
             site.insert(self.model, factor)
             text = f"{text}, by a Mul: {reason}"
         site.multiply(self.model, factor)
-        return f"alpha {a:g}: {text}"
+        return text
 
     def _trial(self, site: Site, excerpt: Excerpt) -> Trial:
-        return Trial(site, excerpt, self.schemes, self.options.weight_range, self.model.opset)
+        method = self.options.weight_range
+        return Trial(site, excerpt, self.formats.weights, method, self.model.opset)
 
     def _rounding(
-        self, site: Site, seen: ChannelExtremes, near: Excerpt, factor: Factor | None
+        self, site: Site, seen: Sequence[Excerpt], factor: Factor
     ) -> Callable[[Array], Array]:
-        """How x / s will be rounded: with the range that quantize_static will find, about."""
-        s = np.ones(site.channels) if factor is None else factor
-        axis = site.axis
-        values = [
-            np.moveaxis(x, axis if x.ndim > 2 else -1, -1).reshape(-1, site.channels) / s
-            for x in near
-        ]
+        """How x / s will be rounded: with the range that quantize_static will find, about.
+
+        From what is held out, too: that pass sees all samples.
+        """
+        values = [x.reshape(-1) for excerpt in seen for x in excerpt.divided(factor)]
         histogram = replace(
-            Histogram.of(np.concatenate(values).astype(np.float32)),
-            lo=float((seen.lo / s).min()), hi=float((seen.hi / s).max()),
-        )  # fmt: skip
-        scheme = replace(self.options.target.activations, format=self.formats[id(site.layers[0])])
-        lo, hi = histogram.range(
-            self.options.range, bits=scheme.numbers.bits, symmetric=scheme.symmetric
+            Histogram.of(np.concatenate(values)),
+            lo=min(float((excerpt.lo / factor).min()) for excerpt in seen),
+            hi=max(float((excerpt.hi / factor).max()) for excerpt in seen),
         )
-        params = scheme.params(lo, hi)
+        format = self.formats.activations[id(site.layers[0])]
+        scheme = replace(self.options.target.activations, format=format)
+        bits, symmetric = scheme.numbers.bits, scheme.symmetric
+        params = scheme.params(*histogram.range(self.options.range, bits=bits, symmetric=symmetric))
         return lambda x: params.dequantize(params.quantize(x))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -131,6 +132,20 @@ def test_channels_that_are_alike_stay() -> None:
     assert any("left as it was" in n.text for n in notes)
 
 
+KEPT = [
+    pytest.param({"granularity": "tensor"}, "one range for all channels", id="tensor"),
+    pytest.param({"group_size": 48}, "the last group is smaller", id="rest"),
+]
+
+
+@pytest.mark.parametrize(("options", "reason"), KEPT)
+def test_ranges_that_are_not_narrowed_are_told(options: dict[str, Any], reason: str) -> None:
+    proto = graph("y = MatMul(x, m)")
+    notes = ScaleSalient(drawn(proto), **{**OPTIONS, **options})(Model.from_proto(proto))
+    assert any(reason in n.text for n in notes)
+    assert not any(n.changed for n in notes)
+
+
 def test_overrides_and_small_weights_are_left() -> None:
     proto = graph("y = MatMul(x, m)")
     samples = drawn(proto)
@@ -148,6 +163,14 @@ def test_values_that_are_not_finite_are_told() -> None:
     samples = open_samples(feeds, Model.from_proto(proto))
     (note,) = ScaleSalient(samples, **OPTIONS)(Model.from_proto(proto))
     assert "not finite" in note.text
+
+
+def test_synthetic_samples_tell_nothing() -> None:
+    proto = graph()
+    samples = replace(drawn(proto), synthetic=True)
+    (note,) = ScaleSalient(samples, **OPTIONS)(Model.from_proto(proto))
+    assert "give --data" in note.text
+    assert not note.changed
 
 
 def test_errors_by_grams_are_those_of_results() -> None:

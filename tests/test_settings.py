@@ -40,6 +40,14 @@ def test_a_setting_goes_to_each_pass_that_has_it() -> None:
     }  # fmt: skip
 
 
+def test_what_runs_before_quantization_is_told_what_comes() -> None:
+    asked = Settings(weights="int4", range="mse", activation_range="entropy")
+    before, own = ("reconstruct_weights", "scale_salient"), "smooth_activations"
+    found = options(configured(Recipe("a", "b", (*before, own), {}), asked))
+    assert all(found[name] == {"format": "int4", "range": "mse"} for name in before)
+    assert found[own] == {"weights": "int4", "weight_range": "mse", "range": "entropy"}
+
+
 def test_nothing_asked_nothing_changed() -> None:
     for name in ("int8", "auto", "cleanup"):
         assert configured(load_recipe(name), Settings()) == load_recipe(name)

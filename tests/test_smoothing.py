@@ -14,16 +14,14 @@ from numpy.typing import NDArray
 from onnx import numpy_helper, parser
 
 from onnxq import runtime
-from onnxq.calibration import calibrate
 from onnxq.data import Samples, open_samples
-from onnxq.errors import DataError, ModelError
+from onnxq.errors import DataError
 from onnxq.excerpts import ROWS, VALUES, excerpts
 from onnxq.model import Model
 from onnxq.numerics.metrics import sqnr_db
-from onnxq.numerics.migration import BOUND, search, smoothing
+from onnxq.numerics.migration import BOUND, rounding_noise, search, smoothing
 from onnxq.passes import QuantizeStatic, SmoothActivations
 from onnxq.schemes import PerTensor
-from onnxq.statistics import ChannelExtremes, Extremes
 from onnxq.targets import load_target
 from onnxq.testing import check
 
@@ -175,6 +173,83 @@ def test_declines_with_a_reason(body: str, reason: str) -> None:
     assert model.to_proto() == Model.from_proto(proto).to_proto()
 
 
+def test_a_second_output_of_a_normalisation_is_another_tensor() -> None:
+    body = (
+        "n, u, v, s = com.microsoft.SkipLayerNormalization(x, x, g, b) y = MatMul(s, m) z = Neg(n)"
+    )
+    proto = graph(body, ROWS_IN, f"{Y3}, float[d, e, f] z")
+    known = onnx.helper.make_tensor_value_info("s", onnx.TensorProto.FLOAT, [None, 6, 16])
+    proto.graph.value_info.append(known)
+    (note,) = SmoothActivations(TARGET, drawn(proto))(Model.from_proto(proto))
+    assert "s is a further output of SkipLayerNormalization" in note.text
+
+
+def test_a_constant_that_is_moved_takes_no_factor() -> None:
+    body = "u = Concat<axis = 2>(x, k0) y = MatMul(u, m0)"
+    proto = graph(body, "float[2, 6, 16] x", Y3)
+    for name, shape in (("k0", (2, 6, 4)), ("m0", (20, 8))):
+        proto.graph.initializer.append(numpy_helper.from_array(np.ones(shape, np.float32), name))
+    (note,) = SmoothActivations(TARGET, drawn(proto))(Model.from_proto(proto))
+    assert re.search("x is an input of the graph|k0 is constant, and moved", note.text)
+
+
+UNFIT = [
+    pytest.param("y = Gemm<transA = 1>(t, m)", "float[16, N] x", Y2, "reads t transposed", id="transposed"),
+    pytest.param("y = MatMul(t, m3)", ROWS_IN, Y3, "m3 is of rank 3", id="batch-of-weights"),
+    pytest.param("y = MatMul(t, spoiled)", ROWS_IN, Y3, "spoiled has NaN", id="nan"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("body", "inputs", "outputs", "reason"), UNFIT)
+def test_layers_that_cannot_be_rescaled_are_told(
+    body: str, inputs: str, outputs: str, reason: str
+) -> None:
+    proto = graph(f"t = Tanh(x) {body}", inputs, outputs)
+    for name, value in (("m3", np.ones((1, 16, 4))), ("spoiled", np.full((16, 4), np.nan))):
+        proto.graph.initializer.append(numpy_helper.from_array(value.astype(np.float32), name))
+    (note,) = SmoothActivations(TARGET, drawn(proto))(Model.from_proto(proto))
+    assert reason in note.text
+    assert not note.changed
+
+
+def test_float16_weights_take_a_factor() -> None:
+    proto = graph(
+        "u = Cast<to = 10>(x) n = LayerNormalization(u, g, b) h = MatMul(n, m) y = Cast<to = 1>(h)",
+        ROWS_IN, Y3,
+    )  # fmt: skip
+    for tensor in proto.graph.initializer:
+        half = numpy_helper.to_array(tensor).astype(np.float16)
+        tensor.CopyFrom(numpy_helper.from_array(half, tensor.name))
+    samples = drawn(proto)
+    checked = check(
+        SmoothActivations(TARGET, samples), proto, feeds=list(samples.take(3)), rtol=2e-2, atol=2e-2
+    )
+    assert any(n.changed for n in checked.notes), checked.notes
+
+
+def test_layers_that_read_a_tensor_along_two_axes() -> None:
+    proto = graph(
+        "t = Transpose<perm = [0, 2, 1]>(x) u = Tanh(t) y = MatMul(u, six) z = Conv(u, wc)",
+        ROWS_IN, f"{Y3}, float[d, e, f] z",
+    )  # fmt: skip
+    rng = np.random.default_rng(3)
+    for name, shape in (("six", (6, 8)), ("wc", (8, 16, 1))):
+        value = rng.normal(size=shape).astype(np.float32)
+        proto.graph.initializer.append(numpy_helper.from_array(value, name))
+    samples = drawn(proto)
+    assert len(SmoothActivations(TARGET, samples, insert=True)(Model.from_proto(proto))) == 2
+
+
+def test_samples_have_to_be_real_and_there() -> None:
+    proto = graph(f"{LN} y = MatMul(n, m)", ROWS_IN, Y3)
+    samples = drawn(proto)
+    (note,) = SmoothActivations(TARGET, replace(samples, synthetic=True))(Model.from_proto(proto))
+    assert "give --data" in note.text
+    assert not note.changed
+    with pytest.raises(DataError, match="give --data"):
+        SmoothActivations(TARGET, samples.take(0))(Model.from_proto(proto))
+
+
 def test_an_output_keeps_its_values() -> None:
     proto = graph(f"{LN} y = MatMul(n, m)", ROWS_IN, f"{Y3}, float[d, e, f] n")
     (note,) = SmoothActivations(TARGET, drawn(proto))(Model.from_proto(proto))
@@ -182,14 +257,19 @@ def test_an_output_keeps_its_values() -> None:
 
 
 def test_channels_that_are_alike_stay() -> None:
-    proto = graph("a = MatMul(x, k0) r = Relu(a) y = MatMul(r, m)", ROWS_IN, Y3)
-    rng = np.random.default_rng(1)
-    value = np.linalg.qr(rng.normal(size=(16, 16)))[0].astype(np.float32)
-    proto.graph.initializer.append(numpy_helper.from_array(value, "k0"))
-    notes = SmoothActivations(TARGET, drawn(proto))(Model.from_proto(proto))
-    text = next(n.text for n in notes if "dB" in n.text)
-    assert not any(n.changed for n in notes)
-    assert "left as it was" in text or "not what costs" in text
+    proto = graph("a = Mul(x, even) t = Clip(a, low) y = MatMul(t, k0)", ROWS_IN, Y3)
+    for name, value in (("even", np.ones(16)), ("low", np.array(0.0)), ("k0", np.ones((16, 24)))):
+        proto.graph.initializer.append(numpy_helper.from_array(value.astype(np.float32), name))
+    (note,) = SmoothActivations(TARGET, drawn(proto))(Model.from_proto(proto))
+    assert note.text == "t has no channels that are much larger than others"
+    assert not note.changed
+
+
+def test_noise_of_one_scale_is_that_of_its_span() -> None:
+    lo, hi, energy = np.array([-1.0, 0.5]), np.array([1.0, 100.0]), np.array([4.0, 1.0])
+    assert rounding_noise(lo, hi, energy, np.ones(2)) == 101.0**2 * 5
+    assert rounding_noise(lo, hi, energy, np.array([1.0, 50.0])) == 3.0**2 * (4 + 2500)
+    assert rounding_noise(hi, hi, energy, np.ones(2)) == 100.0**2 * 5  # from zero on
 
 
 def test_a_layer_with_one_scale_for_all_channels_takes_no_factor() -> None:
@@ -233,53 +313,42 @@ def test_int8_with_outliers_is_saved() -> None:
     assert quantized(proto, samples, smooth=True) > quantized(proto, samples, smooth=False) + 10
 
 
-def test_extremes_are_those_of_numpy_and_merge() -> None:
-    model = Model.from_proto(graph("y = Tanh(x)", IMAGE, Y4))
-    samples = drawn(model.to_proto(), 5)
-    whole = np.concatenate([feed["x"] for feed in samples])
-    for name, values in (("x", whole), ("y", np.tanh(whole))):
-        seen = calibrate(model, {name: Extremes(1)}, samples)[name]
-        assert isinstance(seen, ChannelExtremes)
-        assert seen.count == 5
-        np.testing.assert_allclose(seen.lo, values.min((0, 2, 3)), rtol=1e-6)
-        np.testing.assert_allclose(seen.absmax, np.abs(values).max((0, 2, 3)), rtol=1e-6)
-    parts = [ChannelExtremes.of(feed["x"], 1) for feed in samples]
-    forwards, backwards = parts[0], parts[-1]
-    for part in parts[1:]:
-        forwards = forwards.merge(part)
-    for part in reversed(parts[:-1]):
-        backwards = part.merge(backwards)
-    assert forwards == backwards == calibrate(model, {"x": Extremes(1)}, samples)["x"]
-    infinite = ChannelExtremes.of(np.array([[np.inf, 1.0]]), 1)
-    assert infinite.has_nonfinite
-    assert infinite.merge(ChannelExtremes.of(np.ones((1, 2)), 1)).has_nonfinite
-    with pytest.raises(ValueError, match="16 channels beside 2"):
-        forwards.merge(infinite)
-    with pytest.raises(ModelError, match="no axis 4"):
-        calibrate(model, {"x": Extremes(4)}, samples)
-
-
-def test_one_axis_has_its_own_values_for_extremes() -> None:
-    model = Model.from_proto(graph("y = Tanh(x)", "float[4] x", "float[4] y"))
-    samples = open_samples([{"x": np.arange(4, dtype=np.float32)}], model)
-    seen = calibrate(model, {"x": Extremes(0)}, samples)["x"]
-    assert isinstance(seen, ChannelExtremes)
-    assert seen.hi.tolist() == [0, 1, 2, 3]
-
-
-def test_excerpts_have_a_bound() -> None:
+def test_excerpts_have_a_bound_and_extremes_of_all_values() -> None:
     model = Model.from_proto(graph("y = Tanh(x)", "float[N, C, H, W] x", Y4))
-    large = [{"x": np.ones((1, 64, 50, 60), np.float32)} for _ in range(20)]
-    found = excerpts(model, {"x": 1, "y": 1}, open_samples(large, model))
-    assert 0 < sum(part.size for part in found["y"]) <= VALUES
-    assert all(part.shape[1] == 64 for part in found["y"])
-    rows = excerpts(model, {"y": 3}, open_samples(large, model))["y"]
-    assert [part.shape for part in rows] == [(ROWS // 7 * 7, 60)]
-    spoiled = [{"x": np.full((1, 2, 3, 4), 200.0, np.float32)}]
-    blown = Model.from_proto(graph("y = Exp(x)", IMAGE.replace("16, 8, 8", "2, 3, 4"), Y4))
-    assert excerpts(blown, {"y": 1}, open_samples(spoiled, blown)) == {"y": []}
+    rng = np.random.default_rng(2)
+    feeds = [{"x": rng.normal(size=(1, 64, 50, 60)).astype(np.float32)} for _ in range(20)]
+    samples = open_samples(feeds, model)
+    (found,) = excerpts(model, [("x", 1), ("y", 1), ("y", 3)], (samples, 8))
+    assert 0 < sum(part.size for part in found["y", 1].parts) <= VALUES
+    assert all(part.shape[1] == 64 for part in found["y", 1].parts)
+    seen = np.concatenate([feed["x"] for feed in feeds[::3]])  # 7 of 20
+    for name, values in (("x", seen), ("y", np.tanh(seen))):
+        np.testing.assert_allclose(found[name, 1].lo, values.min((0, 2, 3)), rtol=1e-5)
+        np.testing.assert_allclose(found[name, 1].hi, values.max((0, 2, 3)), rtol=1e-5)
+    one, two = excerpts(model, [("y", 3)], (samples, 8), (samples.skip(10), 2))
+    assert [part.shape for part in one["y", 3].parts] == [(ROWS // 7 * 7, 60)]
+    assert [part.shape for part in two["y", 3].parts] == [(ROWS // 2 * 2, 60)]
     with pytest.raises(DataError, match="no input"):
-        excerpts(model, {"y": 1}, replace(open_samples(large, model), read=lambda a, b: iter([{}])))
+        excerpts(model, [("y", 1)], (replace(samples, read=lambda a, b: iter([{}])), 8))
+
+
+def test_tensors_that_are_large_are_fetched_one_after_the_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = Model.from_proto(graph(f"{LN} h = Tanh(n) y = MatMul(h, m)", ROWS_IN, Y3))
+    samples, places = drawn(model.to_proto()), [("n", 2), ("h", 2), ("x", 2)]
+    (whole,) = excerpts(model, places, (samples, 4))
+    monkeypatch.setattr("onnxq.excerpts.ROUND", 100)
+    (apart,) = excerpts(model, places, (samples, 4))
+    assert list(whole) == list(apart) == places
+    for place in places:
+        np.testing.assert_array_equal(whole[place].parts[0], apart[place].parts[0])
+
+
+def test_what_is_not_finite_has_no_excerpt() -> None:
+    blown = Model.from_proto(graph("y = Exp(x)", IMAGE.replace("16, 8, 8", "2, 3, 4"), Y4))
+    spoiled = open_samples([{"x": np.full((1, 2, 3, 4), 200.0, np.float32)}], blown)
+    assert excerpts(blown, [("y", 1)], (spoiled, 8)) == [{}]
 
 
 def test_factors_are_those_of_the_paper() -> None:

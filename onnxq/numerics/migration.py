@@ -46,6 +46,17 @@ def _levelled(logs: Factor, alive: NDArray[np.bool_]) -> Factor:
     return np.where(alive, np.exp(np.clip(logs - middle, -limit, limit)), 1.0)
 
 
+def rounding_noise(
+    lo: NDArray[np.floating], hi: NDArray[np.floating], energy: NDArray[np.floating], s: Factor
+) -> float:
+    """What rounding x / s with one scale adds to (x / s) (s W), but for a constant.
+
+    lo, hi: extremes of x by channel. energy: sums of squares of w by channel.
+    """
+    span = max(float((hi / s).max()), 0.0) - min(float((lo / s).min()), 0.0)
+    return span**2 * float((energy * s**2).sum())
+
+
 def search(
     error: Callable[[float], float], coarse: Sequence[float], fine: Sequence[float] = FINE
 ) -> tuple[float, float]:
