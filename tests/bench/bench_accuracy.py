@@ -1,0 +1,187 @@
+"""What each method of accuracy brings to its recipe: methods x models, as Markdown tables.
+
+    python tests/bench/bench_accuracy.py [MODEL | FOLDER ...] [--recipes int8,a8w4,int4-weights]
+        [--methods reconstruct] [--limit 100] [--json FILE]
+
+Without models: those in models/. Beside NAME.onnx stand calibration samples, NAME.calib.npz or the
+folder NAME.calib, and those that are scored, NAME.eval.npz or NAME.eval. In each cell: SQNR of all
+outputs in dB against the float model; with labels the share of them that the first output's last
+axis points at, or perplexity where a sample has more than one; and the seconds of CPU time that the
+passes took. --methods: only rows with that text in their name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from onnxq import load, runtime
+from onnxq.data import Samples, open_samples
+from onnxq.errors import OnnxqError
+from onnxq.numerics.metrics import sqnr_db
+from onnxq.recipes import Recipe, load_recipe, plan
+from onnxq.targets import load_target
+
+ROOT = Path(__file__).resolve().parents[2]
+STATIC, STORED = "quantize_static", "quantize_weights"
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """What is changed of a recipe: passes in front of and behind another one, and options."""
+
+    name: str
+    before: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    behind: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    recipe: str | None = None
+
+    def of(self, recipe: Recipe) -> Recipe:
+        """The recipe so changed, or the one that is named instead."""
+        if self.recipe is not None:
+            return load_recipe(self.recipe)
+        passes: list[str] = []
+        for name in recipe.passes:
+            passes += [*self.before.get(name, ()), name, *self.behind.get(name, ())]
+        options = {
+            name: {**recipe.options.get(name, {}), **self.options.get(name, {})} for name in passes
+        }
+        return replace(recipe, passes=tuple(passes), options=options)
+
+
+EQUALIZED, SMOOTHED = ({STATIC: (name,)} for name in ("equalize_layers", "smooth_activations"))
+OUTPUT = {STATIC: {"range": "output"}}
+
+
+def behind(*passes: str) -> Mapping[str, tuple[str, ...]]:
+    """Passes behind quantize_static."""
+    return {STATIC: passes}
+
+
+METHODS: dict[str, tuple[Method, ...]] = {
+    "int8": (
+        Method("int8, ranges minmax", options={STATIC: {"range": "minmax"}}),
+        Method("int8, ranges mse", options={STATIC: {"range": "mse"}}),
+        Method("int8, ranges careful", options={STATIC: {"range": "careful"}}),
+        Method("int8, ranges output", options=OUTPUT),
+        Method("int8"),
+        Method("int8 + reconstruct_static", behind=behind("reconstruct_static")),
+        Method("int8 + round_adaptively", behind=behind("round_adaptively")),
+        Method("int8 + correct_bias", behind=behind("correct_bias")),
+        Method("int8-accurate", recipe="int8-accurate"),
+        Method("int8-datafree", recipe="int8-datafree"),
+    ),
+    "a8w4": (
+        Method("a8w4"),
+        Method("a8w4 + reconstruct_static", behind=behind("reconstruct_static")),
+        Method("a8w4 + round_adaptively", behind=behind("round_adaptively")),
+        Method("a8w4 + both", behind=behind("reconstruct_static", "round_adaptively")),
+        Method("a8w4 + correct_bias", behind=behind("correct_bias")),
+    ),
+    "int4-weights": (
+        Method("int4-weights"),
+        Method("int4-weights + scale_salient", before={STORED: ("scale_salient",)}),
+        Method("int4-accurate", recipe="int4-accurate"),
+    ),
+}  # fmt: skip
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__)
+    p.add_argument("models", nargs="*", type=Path, default=[ROOT / "models"])
+    p.add_argument("--recipes", default=",".join(METHODS))
+    p.add_argument("--methods", default="")
+    p.add_argument("--limit", type=int, default=100)
+    p.add_argument("--json", type=Path)
+    a = p.parse_args()
+    paths = [q for m in a.models for q in (sorted(m.glob("*.onnx")) if m.is_dir() else [m])]
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for name in a.recipes.split(","):
+        methods = [m for m in METHODS[name] if a.methods in m.name]
+        rows = found[name] = {"float": {}} | {m.name: {} for m in methods}
+        for path in paths:
+            calib, held = (beside(path, kind) for kind in ("calib", "eval"))
+            fitting = open_samples(calib, load(path))
+            samples = open_samples(held, load(path)).take(a.limit)
+            exact = outputs(path, samples)
+            rows["float"][path.stem] = scores(exact, exact, samples)
+            for method in methods:
+                rows[method.name][path.stem] = cell(path, method.of(load_recipe(name)), fitting, samples, exact)
+                if a.json:
+                    a.json.write_text(json.dumps(found, indent=1))
+        print(f"\n### {name}\n\n{table(rows)}", flush=True)
+
+
+def cell(
+    path: Path, recipe: Recipe, fitting: Samples, samples: Samples, exact: Sequence[Any]
+) -> dict[str, Any]:
+    """One recipe's result on one model."""
+    model, begin = load(path).copy(), time.process_time()
+    try:
+        plan(recipe, load_target("ort-cpu"), fitting)(model)
+    except OnnxqError as e:
+        return {"error": str(e)}
+    seconds = time.process_time() - begin
+    return {**scores(exact, outputs(model, samples), samples), "seconds": round(seconds, 1)}
+
+
+def beside(path: Path, kind: str) -> Path:
+    """The samples that belong to a model."""
+    folder = path.with_suffix(f".{kind}")
+    return folder if folder.is_dir() else path.with_suffix(f".{kind}.npz")
+
+
+def outputs(model: Any, samples: Samples) -> list[list[Any]]:
+    """All outputs of floats, for each sample."""
+    session = runtime.session(model)
+    return [
+        [v for v in runtime.run(session, feed).values() if v.dtype.kind == "f"] for feed in samples
+    ]
+
+
+def scores(
+    exact: Sequence[Sequence[Any]], made: Sequence[Sequence[Any]], samples: Samples
+) -> dict[str, Any]:
+    """SQNR in dB, the mean of the outputs; and what the labels say of the first one."""
+    found: dict[str, Any] = {}
+    if made is not exact:
+        sums = [ErrorSums()] * len(exact[0])
+        for one, other in zip(exact, made, strict=True):
+            new = [ErrorSums.of(r, y) for r, y in zip(one, other, strict=True)]
+            sums = [s.merge(n) for s, n in zip(sums, new, strict=True)]
+        found["sqnr_db"] = round(float(np.mean([s.sqnr_db for s in sums])), 1)
+    if samples.labels is None:
+        return found
+    hits, losses, count = 0, 0.0, 0
+    for (first, *_), label in zip(made, samples.labels, strict=False):
+        rows = np.asarray(first, np.float64).reshape(-1, first.shape[-1])
+        wanted = np.ravel(label).astype(np.int64)
+        hits += int((rows.argmax(-1) == wanted).sum())
+        peak = rows.max(-1)
+        sums_of = peak + np.log(np.exp(rows - peak[:, None]).sum(-1))
+        losses += float((sums_of - rows[np.arange(len(wanted)), wanted]).sum())
+        count += wanted.size
+    if count > len(made):
+        return found | {"perplexity": round(float(np.exp(losses / count)), 3)}
+    return found | {"top1": round(hits / count, 3)}
+
+
+def table(rows: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
+    """Methods down, models across: dB / top-1 or perplexity / seconds."""
+    models = list(rows["float"])
+    lines = [f"| | {' | '.join(models)} |", f"|---|{'---|' * len(models)}"]
+    for name, row in rows.items():
+        cells = (" / ".join(str(v) for v in row[m].values()) for m in models)
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
