@@ -39,6 +39,8 @@ from onnxq.passes.formats import (
 from onnxq.passes.insertion import Editor, WeightMethod
 from onnxq.passes.ops import OPS
 from onnxq.passes.placement import RULE, Placement, place
+from onnxq.passes.range_mixing import notes as range_mixing_notes
+from onnxq.passes.range_mixing import set_apart
 from onnxq.passes.range_search import LADDER, START, search
 from onnxq.passes.range_simulation import Ranges, Simulation
 from onnxq.passes.ranges import activation_params, remembered_ranges
@@ -164,6 +166,9 @@ class QuantizeStatic:
             placement = chosen(floats)
             if self.ranges_from == "samples":
                 statistics = self._completed(model, placement, statistics)
+        if apart := set_apart(placement, statistics, target):
+            placement = chosen(floats, apart=apart)
+        mixing = range_mixing_notes(placement, statistics, target, apart)
         ranges, searched = self._ranges(model, placement, statistics, formats.weights)
         model.unquantized[:] = [model.copy()]
         notes = Editor(
@@ -174,7 +179,7 @@ class QuantizeStatic:
         model.sweep()
         if target.requantizes and model.opset >= 13:
             spread_scales(model)
-        return [*notes, *searched, *declined, *placement.declined]
+        return [*notes, *searched, *mixing, *declined, *placement.declined]
 
     def _ranges(
         self,

@@ -22,7 +22,7 @@ SHARED = {
     "integer_weights", "packed_weights", "recovery", "recover_dynamic", "recover_qoperators",
     "weight_storage", "weight_plans", "codebook_encoding", "coding", "importance",
     "dynamic_costs", "dynamic_layers", "grams",
-    "moves", "pairs", "switches", "range_simulation", "range_search",
+    "moves", "pairs", "switches", "range_simulation", "range_search", "range_mixing",
     "halves", "half_storage", "half_forms", "half_rules", "half_ranges", "half_regions",
     "half_masks", "rescaling", "sites", "channels", "channel_moves", "moments", "data_free",
 }  # fmt: skip
