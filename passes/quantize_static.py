@@ -80,7 +80,7 @@ class QuantizeStatic:
     granularity: Granularity = "auto"
     group_size: int = 32
     range: Range = "minmax"
-    range_passes: int = 400
+    range_passes: int = 250
     weight_range: WeightMethod = "minmax"
     bias: Bias = "auto"
     ranges_from: RangesFrom = "samples"

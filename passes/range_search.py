@@ -30,12 +30,13 @@ from onnxq.statistics import Method
 LADDER: tuple[Method | float, ...] = (0.3, "mse", "careful", 10.0, 30.0, 100.0, "minmax")
 """Prices of clipping, ascending: wider and wider ranges."""
 START = LADDER.index("careful")
-SAMPLES = 16  # that a candidate is run on, at most; and that judge
+SAMPLES = 12  # that a candidate is run on, at most; and that judge
 ROUNDS, VERDICTS = 12, 4  # measurements that there are passes for, of these for the verdict
 MEMORY = 1 << 28  # bytes of reference outputs that are kept
-GAIN = 0.02  # of the error: less is not worth a change
+GAIN = 0.02  # of an error: less is not worth a change
+EXACT, LARGEST = 1e-12, 100.0  # an error that is none, and the greatest logarithm
 SIGMAS = 2.0  # standard errors by which a gain has to be above zero
-Vector = NDArray[np.float64]
+Errors = NDArray[np.float64]
 Steps = NDArray[np.int64]
 Expected = list[tuple[Feed, Outputs]]
 
@@ -87,13 +88,15 @@ def search(
     chosen, judging = (_expected(reference, part, passes) for part in divided(samples))
     work = _Search(simulation, candidates, groups, passes - VERDICTS * len(judging))
     steps = work.descend(chosen)
-    before = after = work.errors(judging, work.start) if (steps != START).any() else np.zeros(1)
+    before = after = (
+        work.errors(judging, work.start) if (steps != START).any() else np.zeros((1, 1))
+    )
     if (steps != START).any():
         steps, after = work.judged(judging, steps, before)
     changed = np.flatnonzero(steps != START)
     return Found(
         work.ranges(steps), len(changed), len(simulation.pairs),
-        float(before.mean()), float(after.mean()), len(judging), work.passes,
+        total(before), total(after), len(judging), work.passes,
     )  # fmt: skip
 
 
@@ -117,7 +120,7 @@ class _Search:
         moved = {k: self.candidates[n][k] for k, n in zip(self.groups, steps, strict=True)}
         return {**self.candidates[START], **moved}
 
-    def errors(self, samples: Expected, steps: Steps) -> Vector:
+    def errors(self, samples: Expected, steps: Steps) -> Errors:
         """Of each sample."""
         self.passes += len(samples)
         ranges = self.ranges(steps)
@@ -158,7 +161,7 @@ class _Search:
                 there[block] = here
                 yield there
 
-    def judged(self, samples: Expected, steps: Steps, before: Vector) -> tuple[Steps, Vector]:
+    def judged(self, samples: Expected, steps: Steps, before: Errors) -> tuple[Steps, Errors]:
         """What is better on samples that had no say: all changes, a half of them, or none."""
         changed = np.flatnonzero(steps != START)
         best = self.start, before
@@ -166,22 +169,25 @@ class _Search:
             there = self.start
             there[part] = steps[part]
             made = self.errors(samples, there)
-            if made.mean() < best[1].mean():
+            if gains(made, best[1]).mean() > 0 and made.sum() < best[1].sum():
                 best = there, made
             if part is changed and best[0] is there:
                 break
         return best
 
 
-def is_clearly_better(made: Vector, before: Vector) -> bool:
-    """Whether errors of samples fall, by more than chance and enough to care."""
-    if not np.isfinite(made).all():
-        return False
-    if not np.isfinite(before).all():
-        return True
-    gain = before - made
+def gains(made: Errors, before: Errors) -> NDArray[np.float64]:
+    """By how much the error of each sample falls: natural logarithms, the mean of all outputs."""
+    with np.errstate(invalid="ignore"):
+        fallen = np.log((before + EXACT) / (made + EXACT))
+    return np.asarray(np.nan_to_num(fallen, nan=0.0, posinf=LARGEST, neginf=-LARGEST).mean(1))
+
+
+def is_clearly_better(made: Errors, before: Errors) -> bool:
+    """Whether errors fall: altogether, and in samples by more than chance and enough to care."""
+    gain = gains(made, before)
     spread = gain.std(ddof=1) / np.sqrt(len(gain)) if len(gain) > 1 else 0.0
-    return bool(gain.mean() > max(GAIN * before.mean(), SIGMAS * spread))
+    return bool(made.sum() < before.sum() and gain.mean() > max(GAIN, SIGMAS * spread))
 
 
 def _expected(session: Any, samples: Samples, passes: int) -> Expected:
@@ -198,6 +204,11 @@ def _expected(session: Any, samples: Samples, passes: int) -> Expected:
 
 def _differ(one: QParams, other: QParams) -> bool:
     return bool(one.scale != other.scale or one.zero_point != other.zero_point)
+
+
+def total(errors: Errors) -> float:
+    """Mean relative squared errors of all samples, outputs added up."""
+    return float(errors.mean(0).sum())
 
 
 def told(error: float) -> str:

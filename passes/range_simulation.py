@@ -96,22 +96,18 @@ def run(session: Any, feed: Feed) -> Outputs:
 
 
 def errors(reference: Sequence[Outputs], made: Sequence[Outputs]) -> NDArray[np.float64]:
-    """Of each sample: squared error over the mean square of all samples, outputs added up.
+    """[samples, outputs]: squared errors over the mean square of the output in all samples.
 
     Only outputs of floats count, or where there are none, integers: the share that differs.
     Infinite where something is not finite that should be, or the other way round.
     """
-    total = np.zeros(len(reference))
+    found = []
     for column in _columns(reference):
-        noise, signal = np.zeros(len(reference)), 0.0
-        for i, (r, y) in enumerate(
-            zip((row[column] for row in reference), (row[column] for row in made), strict=True)
-        ):
-            sums = _sums(r, y)
-            noise[i], signal = sums.noise, signal + sums.signal
-        if signal:
-            total += noise * (len(reference) / signal)
-    return total
+        pairs = zip(reference, made, strict=True)
+        sums = [_sums(r[column], y[column]) for r, y in pairs]
+        if signal := sum(one.signal for one in sums):
+            found.append([one.noise * len(sums) / signal for one in sums])
+    return np.array(found, np.float64).reshape(len(found), len(reference)).T
 
 
 def _columns(reference: Sequence[Outputs]) -> list[int]:

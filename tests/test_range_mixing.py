@@ -94,7 +94,8 @@ def test_a_small_operand_keeps_a_scale_for_its_other_readers() -> None:
     before = model(0.1)
     after, notes = quantized(before)
     (note,) = mixing(notes)
-    assert note.changed and "a requantized for it" in note.text, note
+    assert note.changed
+    assert "a requantized for it" in note.text
     assert "a spans" in note.text
     assert "b " in note.text
     assert "equalize_layers" in note.text
