@@ -200,7 +200,7 @@ class QuantizeStatic:
             model, self.target, placement, candidates[START], schemes, self.weight_range
         )
         found = search(model, simulation, candidates, self.samples, self.range_passes)
-        return found.ranges, [Note(RULE, model.graph.name, found.text, changed=False)]
+        return found.ranges, [Note(RULE, model.graph.name, found.text, changed=found.changed > 0)]
 
     def _input_shapes(self, model: Model) -> dict[str, tuple[int, ...]]:
         """Of the first sample; without any, free sizes are 1."""

@@ -27,7 +27,9 @@ from onnxq.passes.sites import divided
 from onnxq.schemes import QParams
 from onnxq.statistics import Method
 
-LADDER: tuple[Method | float, ...] = (0.3, "mse", "careful", 10.0, 30.0, 100.0, "minmax")
+LADDER: tuple[Method | float, ...] = (
+    0.003, 0.03, 0.3, "mse", "careful", 10.0, 100.0, "minmax",
+)  # fmt: skip
 """Prices of clipping, ascending: wider and wider ranges."""
 START = LADDER.index("careful")
 SAMPLES = 12  # that a candidate is run on, at most; and that judge
@@ -35,6 +37,7 @@ ROUNDS, VERDICTS = 12, 4  # measurements that there are passes for, of these for
 MEMORY = 1 << 28  # bytes of reference outputs that are kept
 GAIN = 0.02  # of an error: less is not worth a change
 EXACT, LARGEST = 1e-12, 100.0  # an error that is none, and the greatest logarithm
+HOPELESS = 2.0  # times the least error: further on the ladder it will not be better
 SIGMAS = 2.0  # standard errors by which a gain has to be above zero
 Errors = NDArray[np.float64]
 Steps = NDArray[np.int64]
@@ -75,7 +78,7 @@ def search(
 ) -> Found:
     """Choose for each group among the candidates, one for each step of LADDER.
 
-    passes: how often the simulated model is run on a sample, at most, but twice on all samples.
+    passes: how often the simulated model is run on a sample, at most (but once on one).
     Three quarters of the samples choose, the rest judges.
     """
     reference = runtime.session(model)
@@ -131,7 +134,7 @@ class _Search:
         """All groups, halves, quarters: each to where on the ladder the error is clearly least."""
         steps = self.start
         error = self.errors(samples, steps)
-        blocks = deque([slice(0, len(steps))])
+        blocks = deque([slice(0, len(steps))] if error.size else [])
         while blocks and self.passes + len(samples) <= self.limit:
             block = blocks.popleft()
             is_whole, origin = block.stop - block.start == len(steps), steps
@@ -142,7 +145,7 @@ class _Search:
                     made = self.errors(samples, there)
                     if is_clearly_better(made, error):
                         steps, error = there, made
-                    elif not is_whole:
+                    elif not is_whole or made.sum() > HOPELESS * error.sum():
                         break
                 if steps is not origin and not is_whole:
                     break
@@ -178,7 +181,7 @@ class _Search:
 
 def gains(made: Errors, before: Errors) -> NDArray[np.float64]:
     """By how much the error of each sample falls: natural logarithms, the mean of all outputs."""
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore", divide="ignore"):
         fallen = np.log((before + EXACT) / (made + EXACT))
     return np.asarray(np.nan_to_num(fallen, nan=0.0, posinf=LARGEST, neginf=-LARGEST).mean(1))
 
