@@ -60,6 +60,8 @@ class Found:
     def text(self) -> str:
         """For a note."""
         cost = f"{self.passes} simulated passes"
+        if not self.groups:
+            return "ranges: there is none to choose"
         if not self.changed:
             return f"ranges: none of {self.groups} is clearly better than careful ({cost})"
         return (
