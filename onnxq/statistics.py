@@ -107,9 +107,11 @@ class Histogram:
         return replace(self, counts=counts)
 
     def range(
-        self, method: Method, *, bits: int = 8, symmetric: bool = False
+        self, method: Method | float, *, bits: int = 8, symmetric: bool = False
     ) -> tuple[float, float]:
         """Find the (lo, hi) to quantize to `bits` bits; for the methods see `numerics.ranges`.
+
+        A number: how much clipping counts.
 
         Raises ValueError when no finite value was observed.
         """

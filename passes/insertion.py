@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from onnxq.core import Note
 from onnxq.model import Model, readers, values_of
 from onnxq.numerics.affine import next_power_of_two
+from onnxq.numerics.grids import SMALLEST_SCALE
 from onnxq.packed import fitted
 from onnxq.passes.ops import (
     OPS,
@@ -313,6 +314,7 @@ class Editor:
             limit = 2.0 ** (self.target.bias_bits - 2)
             least = np.abs(bias).reshape(repeats, -1).max(0) / (x_scale * limit)
             least = least.max() if axis is None else least
+            least = np.maximum(least, 2 * SMALLEST_SCALE / x_scale)  # the product is no zero
             saturates = (least > params.scale).any()
             if saturates and self.target.bias == "either" and self.is_wide(node):
                 node.inputs[index] = dequantized

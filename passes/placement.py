@@ -33,6 +33,9 @@ from onnxq.targets import Costs, OpRule, Rate, Target
 
 RULE = "quantize_static"
 
+Apart = tuple[int, str]
+"""A node, by id, that keeps one scale, and the operand that comes in another."""
+
 
 @dataclass(frozen=True, slots=True)
 class Placement:
@@ -81,13 +84,14 @@ def place(
     *,
     formats: Mapping[int, str] | None = None,
     asked: Collection[int] = (),
+    apart: Collection[Apart] = (),
 ) -> Placement:
     """Decide which nodes run in integers; tensors of different bodies must have different names.
 
     floats: node id -> why that node has to stay float, found by the caller's rules. shapes: of
     tensors by name, as one sample has them. formats: of activations by node id, where they are not
-    the target's own. asked: ids of nodes that run in integers whatever they cost. For a target
-    without floats all that can runs in integers.
+    the target's own. asked: ids of nodes that run in integers whatever they cost. apart: operands
+    without the scale of a node that keeps one. For a target without floats all that can does.
     """
     chosen: dict[int, gs.Node] = {}
     declined: list[Note] = []
@@ -109,7 +113,7 @@ def place(
             chosen[id(node)] = node
     own = target.activations.format
     known = {key: (formats or {}).get(key, own) for key in chosen}
-    return _Chooser(model, target, chosen, shapes, known, asked).placement(declined)
+    return _Chooser(model, target, chosen, shapes, known, asked, apart).placement(declined)
 
 
 def unobservable(model: Model) -> set[int]:
@@ -203,9 +207,10 @@ class _Chooser:
         shapes: Shapes,
         formats: Mapping[int, str],
         asked: Collection[int],
+        apart: Collection[Apart],
     ) -> None:
         self.target, self.chosen, self.shapes = target, chosen, shapes
-        self.formats, self.asked = formats, asked
+        self.formats, self.asked, self.apart = formats, asked, apart
         self.outputs = {id(t) for graph in model.graphs() for t in graph.outputs}
         self.graph_of = model.graph_of
         self.clamps: dict[int, gs.Node] = {}
@@ -377,13 +382,15 @@ class _Chooser:
                 name = group[name]
             return name
 
-        moved = set()
+        moved, covered = set(), list[tuple[str, str]]()
         for node in self.chosen.values():
             read = [node.inputs[i] for i in activation_inputs(node)]
             data = [t.name for t in read if not is_constant(t)]
             ends = [t.name for t in self.ends(node)]
             if keeps_scale(node, self.target):
-                first, *others = *data, *ends
+                other = [name for name in data if (id(node), name) in self.apart]
+                covered += [(ends[0], name) for name in other]
+                first, *others = *(name for name in data if name not in other), *ends
                 for name in others:
                     group[find(name)] = find(first)
                 moved.update(ends if data else ends[1:])
@@ -392,4 +399,6 @@ class _Chooser:
         members: dict[str, set[str]] = {}
         for name in group:
             members.setdefault(find(name), set()).add(name)
+        for whole, part in covered:  # all of them must fit into the scale of the whole
+            members[find(whole)] |= members[find(part)] - moved
         return {name: frozenset(members[find(name)] - moved) for name in group}

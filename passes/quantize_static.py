@@ -39,16 +39,22 @@ from onnxq.passes.formats import (
 from onnxq.passes.insertion import Editor
 from onnxq.passes.ops import OPS
 from onnxq.passes.placement import RULE, Placement, place
+from onnxq.passes.range_mixing import notes as range_mixing_notes
+from onnxq.passes.range_mixing import set_apart
+from onnxq.passes.range_search import LADDER, START, search
+from onnxq.passes.range_simulation import Ranges, Simulation
 from onnxq.passes.ranges import activation_params, remembered_ranges
 from onnxq.passes.sensitive import graph_rules, range_rules, slight_gains
 from onnxq.passes.static_rounding import WeightMethod
 from onnxq.passes.work import macs
-from onnxq.statistics import Histogram, Method
+from onnxq.schemes import QuantScheme
+from onnxq.statistics import Histogram
 from onnxq.targets import Target
 
 Activations = Literal["auto", "a8", "a16", "int8", "uint8", "int16", "uint16"]
 Bias = Literal["auto", "int32", "float"]
 RangesFrom = Literal["samples", "batchnorm"]
+Range = Literal["minmax", "percentile", "entropy", "mse", "careful", "output"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +65,13 @@ class QuantizeStatic:
     case); auto: what the target is fastest with. granularity: of weights; channels where the
     operator may have them, groups of group_size for those below 8 bits, where the target has them,
     with float biases. range: how activation ranges are chosen (minmax, percentile, entropy, mse,
-    careful). ranges_from: samples; or batchnorm, what BatchNormalizations know, without any (layers
-    of which these say nothing stay float). weight_range: how scales of weights are, as in
-    quantize_weights. bias: int32 or float, where the target takes either. layers: overrides for
-    single layers, see `onnxq.layers`. calibration: a file; re-used when it is there, written when
-    it is not, completed when the same samples are given.
+    careful; output: by the error of the model's outputs, see `onnxq.passes.range_search`, which
+    takes up to range_passes runs of the model). ranges_from: samples; or batchnorm, what
+    BatchNormalizations know, without any (layers of which these say nothing stay float).
+    weight_range: how scales of weights are, as in quantize_weights. bias: int32 or float, where the
+    target takes either. layers: overrides for single layers, see `onnxq.layers`. calibration: a
+    file; re-used when it is there, written when it is not, completed when the same samples are
+    given.
     """
 
     target: Target
@@ -72,7 +80,8 @@ class QuantizeStatic:
     weights: Weights = "auto"
     granularity: Granularity = "auto"
     group_size: int = 32
-    range: Method = "minmax"
+    range: Range = "minmax"
+    range_passes: int = 250
     weight_range: WeightMethod = "minmax"
     bias: Bias = "auto"
     ranges_from: RangesFrom = "samples"
@@ -83,6 +92,7 @@ class QuantizeStatic:
     def __post_init__(self) -> None:
         """Refuse, by name, what the target does not execute; nothing has been calibrated yet."""
         require_range("group_size", self.group_size, 1)
+        require_range("range_passes", self.range_passes, 1)
         target = self.target
         require_formats(target, self.activations, self.weights)
         with_granularity(target, target.weights, self.granularity, self.group_size)
@@ -161,7 +171,10 @@ class QuantizeStatic:
             placement = chosen(floats)
             if self.ranges_from == "samples":
                 statistics = self._completed(model, placement, statistics)
-        ranges = activation_params(model, target, placement, statistics, self.range)
+        if apart := set_apart(placement, statistics, target):
+            placement = chosen(floats, apart=apart)
+        mixing = range_mixing_notes(placement, statistics, target, apart)
+        ranges, searched = self._ranges(model, placement, statistics, formats.weights)
         model.unquantized[:] = [model.copy()]
         notes = Editor(
             model, target, placement, ranges, formats.weights,
@@ -171,7 +184,28 @@ class QuantizeStatic:
         model.sweep()
         if target.requantizes and model.opset >= 13:
             spread_scales(model)
-        return [*notes, *declined, *placement.declined]
+        return [*notes, *searched, *mixing, *declined, *placement.declined]
+
+    def _ranges(
+        self,
+        model: Model,
+        placement: Placement,
+        statistics: Mapping[str, Histogram],
+        schemes: Mapping[int, QuantScheme],
+    ) -> tuple[Ranges, list[Note]]:
+        """The parameters of all tensors, and a note where they were searched for."""
+        by = partial(activation_params, model, self.target, placement, statistics)
+        if self.range != "output":
+            return by(self.range), []
+        if not len(self.samples):
+            text = "ranges: careful, since there are no samples to measure the outputs on"
+            return by("careful"), [Note(RULE, model.graph.name, text, changed=False)]
+        candidates = [by(method) for method in LADDER]
+        simulation = Simulation.of(
+            model, self.target, placement, candidates[START], schemes, self.weight_range
+        )
+        found = search(model, simulation, candidates, self.samples, self.range_passes)
+        return found.ranges, [Note(RULE, model.graph.name, found.text, changed=found.changed > 0)]
 
     def _input_shapes(self, model: Model) -> dict[str, tuple[int, ...]]:
         """Of the first sample; without any, free sizes are 1."""

@@ -17,6 +17,8 @@ from onnxq.targets import Target
 
 Group = frozenset[str]
 LEAST_SLOPE = 1e-3
+UNWEIGHTED = ("minmax", "percentile", "entropy")
+"""Methods that ask how often values occur, not what an error of each costs."""
 
 
 def activation_params(
@@ -24,7 +26,7 @@ def activation_params(
     target: Target,
     placement: Placement,
     statistics: Mapping[str, Histogram],
-    method: Method,
+    method: Method | float,
 ) -> dict[tuple[str, str], QParams]:
     """The parameters by tensor name and format; those of one group in one format are one object.
 
@@ -46,7 +48,7 @@ def _in_format(
     target: Target,
     placement: Placement,
     statistics: Mapping[str, Histogram],
-    method: Method,
+    method: Method | float,
     format: str,
     demands: Mapping[str, tuple[float, int]],
 ) -> dict[str, QParams]:
@@ -65,7 +67,7 @@ def _in_format(
         group = placement.sources[tensor.name]
         if group not in known:
             merged = reduce(Histogram.merge, (statistics[name] for name in sorted(group)))
-            if method in ("mse", "careful") and (slope := slopes.get(group, 1.0)) < 1:
+            if method not in UNWEIGHTED and (slope := slopes.get(group, 1.0)) < 1:
                 merged = merged.leaning(max(slope, LEAST_SLOPE) ** 2)
             found = merged.range(method, bits=numbers.bits, symmetric=activations.symmetric)
             lo, hi = np.clip(found, *useful[group])

@@ -21,8 +21,9 @@ SHARED = {
     "formats", "insertion", "float_layers", "encodings", "layouts", "weight_kernels",
     "integer_weights", "packed_weights", "recovery", "recover_dynamic", "recover_qoperators",
     "weight_storage", "weight_plans", "codebook_encoding", "coding", "importance",
-    "dynamic_costs", "dynamic_layers", "grams", "meetings",
-    "moves", "pairs", "observing", "solving", "static_rounding", "codebook_plans",
+    "dynamic_costs", "dynamic_layers", "grams", "meetings", "observing", "solving",
+    "static_rounding", "codebook_plans",
+    "moves", "pairs", "switches", "range_simulation", "range_search", "range_mixing",
     "halves", "half_storage", "half_forms", "half_rules", "half_ranges", "half_regions",
     "half_masks", "rescaling", "sites", "channels", "channel_moves", "moments", "data_free",
 }  # fmt: skip

@@ -635,3 +635,40 @@ def test_a_clamp_stays_where_its_floats_are_an_output() -> None:
     assert found.nodes("QuantizeLinear")
     y = runtime.run(runtime.session(found), feeds[0])["y"]
     assert y.min() >= 0
+
+
+def int32_bias(after: Model) -> np.ndarray:
+    """What the only bias in integers stands for."""
+    (node,) = (n for n in after.nodes("DequantizeLinear") if n.inputs[0].dtype == np.int32)
+    q, scale = (np.asarray(t.values, np.float64) for t in node.inputs[:2])
+    return q * scale
+
+
+BIASED = "z = Conv <pads = [1, 1, 1, 1]> (x, w, b)\n y = Relu(z)"
+
+
+@pytest.mark.parametrize(("target", "share"), [("generic", 1e-4), ("qnn-htp-u16", 1e-6)])
+@pytest.mark.parametrize("size", [1.0, 1e-10])
+def test_the_error_of_a_bias_is_negligible(target: str, share: float, size: float) -> None:
+    """It is at most half a step of s_x s_W: of 8 bits times 8 bits, or 16 times 8."""
+    rng = np.random.default_rng(2)
+    w, b = size * rng.normal(0, 0.3, (8, 8, 3, 3)), size * rng.normal(0, 0.3, 8)
+    before = model(BIASED, opset=21, w=w, b=b)
+    after, _ = quantized(before, target, bias="int32")
+    error = np.abs(int32_bias(after) - b.astype(np.float32)).max()
+    assert 0 < error < share * np.abs(run(before)["y"]).max()
+
+
+@pytest.mark.parametrize("b", [0.0, 1e-40, 1e-30, 1.0])
+@pytest.mark.parametrize("target", ["generic", "qnn-htp-u16", "esp-dl"])
+def test_a_bias_whose_scale_would_be_zero(target: str, b: float) -> None:
+    """1e-22 times 1e-20 is no float32: the weight is stored in a coarser scale then."""
+    rng = np.random.default_rng(2)
+    before = model(BIASED, opset=21, w=rng.normal(0, 1e-20, (8, 8, 3, 3)), b=np.full(8, b))
+    after = before.copy()
+    tiny = [{"x": (1e-22 * feed["x"]).astype(np.float32)} for feed in feeds(before)]
+    QuantizeStatic(everything(target), open_samples(tiny, before), bias="int32")(after)
+    onnx.checker.check_model(after.to_proto(), full_check=True)
+    (node,) = (n for n in after.nodes("DequantizeLinear") if n.inputs[0].dtype == np.int32)
+    assert (np.asarray(node.inputs[1].values) >= np.finfo(np.float32).tiny).all()
+    assert int32_bias(after) == pytest.approx(np.full(8, np.float32(b)), rel=1e-5, abs=2e-38)

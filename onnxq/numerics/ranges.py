@@ -127,13 +127,15 @@ Loss = Callable[[Density, Array, Array, Array], Array]  # of -lo, hi and the gri
 
 
 def search(
-    density: Density, method: str, *, bits: int = 8, symmetric: bool = False
+    density: Density, method: str | float, *, bits: int = 8, symmetric: bool = False
 ) -> tuple[float, float]:
     """Find the range (lo, hi) for a grid of `bits` bits by a named method.
 
-    lo <= 0 <= hi, inside of the extremes; symmetric: lo == -hi. Raises ValueError for an unknown
-    method.
+    A number: least squared error where clipping counts so much. lo <= 0 <= hi, inside of the
+    extremes; symmetric: lo == -hi. Raises ValueError for an unknown method.
     """
+    if not isinstance(method, str):
+        return priced(density, bits, symmetric, method)
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}: one of {', '.join(METHODS)}")
     return METHODS[method](density, bits, symmetric)
@@ -167,9 +169,14 @@ def mse(density: Density, bits: int, symmetric: bool) -> tuple[float, float]:
 
 def careful(density: Density, bits: int, symmetric: bool) -> tuple[float, float]:
     """Least expected squared error where clipping counts CLIPPED times."""
+    return priced(density, bits, symmetric, CLIPPED)
+
+
+def priced(density: Density, bits: int, symmetric: bool, price: float) -> tuple[float, float]:
+    """Least expected squared error where clipping counts `price` times."""
 
     def loss(density: Density, negative: Array, positive: Array, step: Array) -> Array:
-        return _squared_error(density, negative, positive, step, CLIPPED)
+        return _squared_error(density, negative, positive, step, price)
 
     return _least(density, loss, bits, symmetric)
 

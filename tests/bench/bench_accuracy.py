@@ -113,7 +113,9 @@ def main() -> None:
             exact = outputs(path, samples)
             rows["float"][path.stem] = scores(exact, exact, samples)
             for method in methods:
-                rows[method.name][path.stem] = cell(path, method.of(load_recipe(name)), fitting, samples, exact)
+                rows[method.name][path.stem] = cell(
+                    path, method.of(load_recipe(name)), fitting, samples, exact
+                )
                 if a.json:
                     a.json.write_text(json.dumps(found, indent=1))
         print(f"\n### {name}\n\n{table(rows)}", flush=True)
