@@ -15,6 +15,7 @@ from onnxq.synthetic import synthetic_samples
 
 SYNTHETIC = 32  # samples drawn when there is no data
 HELD_OUT = 256  # at most so many samples are kept from calibration
+JUDGING = 4  # of those that a pass is given, one in so many judges what the others made
 Need = Literal["must", "may", "no"]
 NO_SAMPLES = Samples(
     lambda start, stop: iter(()), 0, "none: the model was not run", synthetic=True
@@ -80,3 +81,11 @@ def split(samples: Samples) -> tuple[Samples, Samples]:
         return samples, samples
     held = min(HELD_OUT, len(samples) // 4)
     return samples.take(len(samples) - held), samples.skip(len(samples) - held)
+
+
+def divided(samples: Samples) -> tuple[Samples, Samples]:
+    """What a pass fits to, and the last quarter, which judges it; too few do for both."""
+    size = len(samples) - len(samples) // JUDGING
+    if size == len(samples):
+        return samples, samples
+    return samples.take(size), samples.skip(size)

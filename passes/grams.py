@@ -24,10 +24,10 @@ from onnxq.numerics.patches import Lay, Patches, Vectors
 from onnxq.passes.layouts import Held
 from onnxq.passes.ops import is_constant
 from onnxq.passes.work import RECURRENT
+from onnxq.sampling import divided
 from onnxq.statistics import Gram, Products
 
 VECTORS, LEAST = 8, 16384  # vectors that are looked at: for each value of a row, and at least
-HELD_OUT = 4  # a part in so many of the samples judges what the others made
 T = TypeVar("T")
 
 
@@ -160,7 +160,7 @@ def observed_products(
     The last quarter of the samples is for judging. What has NaN, infinities or nothing but zeros in
     it is left out.
     """
-    first = len(samples) - len(samples) // HELD_OUT
+    first = len(divided(samples)[0])
     judge = first if first < len(samples) else 0
     wanted: dict[str, Products] = {}
     names = []

@@ -20,7 +20,8 @@ from onnxq.data import Samples
 from onnxq.errors import DataError
 from onnxq.model import Model
 from onnxq.numerics.patches import Patches
-from onnxq.passes.grams import HELD_OUT, Layer
+from onnxq.passes.grams import Layer
+from onnxq.sampling import divided
 
 Values = NDArray[np.float32]
 EACH, LEAST = 32, 1024  # places: for each value of a row, and at least
@@ -63,7 +64,7 @@ def meetings(
     places: for fitting, at most, about; a third more for judging. Raises DataError for samples that
     do not fit.
     """
-    first = len(samples) - len(samples) // HELD_OUT
+    first = len(divided(samples)[0])
     limits = [-(-min(places, wanted_places(layer)) // first) for layer, _ in layers]
     found = []
     for which, model in enumerate(models):

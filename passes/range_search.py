@@ -23,7 +23,7 @@ from onnxq import runtime
 from onnxq.data import Feed, Samples
 from onnxq.model import Model
 from onnxq.passes.range_simulation import Key, Outputs, Ranges, Simulation, errors, run
-from onnxq.passes.sites import divided
+from onnxq.sampling import divided
 from onnxq.schemes import QParams
 from onnxq.statistics import Method
 

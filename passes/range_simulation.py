@@ -19,8 +19,9 @@ from onnxq.data import Feed
 from onnxq.errors import DataError
 from onnxq.model import Model
 from onnxq.numerics.metrics import ErrorSums
-from onnxq.passes.insertion import Editor, WeightMethod
+from onnxq.passes.insertion import Editor
 from onnxq.passes.placement import Placement
+from onnxq.passes.static_rounding import WeightMethod
 from onnxq.passes.switches import Pair, switched
 from onnxq.schemes import QParams, QuantScheme
 from onnxq.targets import Target

@@ -28,12 +28,12 @@ from onnxq.passes.layouts import Held, held_by
 from onnxq.passes.linear import LINEAR, constant
 from onnxq.passes.ops import is_constant
 from onnxq.passes.rescaling import Division, Factor, along, multiplied
+from onnxq.sampling import divided
 from onnxq.schemes import Method, PerChannel, PerGroup, PerTensor, QuantScheme, quantize_weight
 
 Array = NDArray[np.float32]
 Rounded = Callable[[Array], Array]
 UNREAL = "synthetic samples do not tell which channels are large: give --data"
-HELD_OUT = 4  # of so many samples one is held out, the last ones
 RUNS, JUDGED = 8, 4  # samples that are run at most, to choose on and to judge on
 OUTPUTS = 96  # of a layer that errors are computed of
 
@@ -175,13 +175,11 @@ def excerpts_of(
     if not len(samples):
         raise DataError("rescaling looks at samples: give --data")
     places = list(dict.fromkeys(site.place for site in sites))
-    held = len(samples) // HELD_OUT
-    if not held:
+    fitting, judging = divided(samples)
+    if judging is samples:
         (both,) = excerpts(model, places, (samples, RUNS))
         return both, both
-    size = len(samples) - held
-    parts = (samples.take(size), RUNS), (samples.skip(size), JUDGED)
-    near, apart = excerpts(model, places, *parts)
+    near, apart = excerpts(model, places, (fitting, RUNS), (judging, JUDGED))
     return near, apart
 
 

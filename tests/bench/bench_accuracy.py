@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,6 @@ import numpy as np
 from onnxq import load, runtime
 from onnxq.data import Samples, open_samples
 from onnxq.errors import OnnxqError
-from onnxq.numerics.metrics import sqnr_db
 from onnxq.recipes import Recipe, load_recipe, plan
 from onnxq.targets import load_target
 
