@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -40,7 +39,7 @@ NAME = "correct_bias"
 FITTED, JUDGING = 32, 16  # samples at most, spread over those there are
 HELD_OUT = 4  # a part in so many of the samples judges
 PASSING = 0.02  # the least share of a channel's results that a clamp lets through, to correct it
-GAIN_DB = 0.25  # of the model's results, for less biases stay as they were
+GAIN_DB = 0.5  # of the model's results, for less biases stay as they were
 
 
 def corrected(
@@ -209,4 +208,6 @@ def _shapes(model: Model, feed: Feed) -> Mapping[str, Sequence[int]]:
 
 def _spread(samples: Samples, most: int) -> Iterator[Feed]:
     """At most so many of them, at equal distances."""
-    return islice(samples, 0, None, max(1, -(-len(samples) // most)))
+    count = min(most, len(samples))
+    picked = {i * len(samples) // count for i in range(count)}
+    return (feed for i, feed in enumerate(samples) if i in picked)
