@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from onnxq.core import Note
 from onnxq.model import Model, readers, values_of
 from onnxq.numerics.affine import next_power_of_two
-from onnxq.numerics.saturation import safe_scale
+from onnxq.numerics.saturation import safe_scale, saturates
 from onnxq.packed import fitted
 from onnxq.passes.ops import (
     OPS,
@@ -23,7 +23,7 @@ from onnxq.passes.ops import (
     bias_vector,
     clamp_bounds,
     is_constant,
-    kernel_rows,
+    paired_rows,
     weight_axis,
     weight_input,
 )
@@ -260,7 +260,7 @@ class Editor:
         node: the layer whose kernel must not saturate, where the target's can.
         """
         guarded = node if node is not None and self.target.saturates else None
-        is_balanced = guarded is None and node is not None and self.is_balanced(node)
+        is_balanced = node is not None and self.is_balanced(node)
         group = guarded and (guarded.op, guarded.attrs.get("transB", 0))
         key = (id(tensor), scheme, axis, group, is_balanced)
         if key not in self.weights:
@@ -272,7 +272,9 @@ class Editor:
                 if known is None or not np.array_equal(given.scale, params.scale):
                     q = integers(values, scheme, params)
             if is_balanced and params.group_size is None and known is None:
-                q = balance(values, q, scheme, params, 0)
+                near, q = q, balance(values, q, scheme, params, 0)
+                if guarded is not None and (rows := paired_rows(guarded, q)) is not None:
+                    q[saturates(rows)] = near[saturates(rows)]
             if scheme.format in self.target.widened:
                 wide = self.target.weights.numbers.dtype
                 params = replace(params, zero_point=params.zero_point.astype(wide))
@@ -288,7 +290,7 @@ class Editor:
 
     def guard(self, node: gs.Node, values: NDArray[Any], params: QParams) -> QParams:
         """Scales with which no pair of products exceeds 16 bits, see `numerics.saturation`."""
-        rows = kernel_rows(node, values)
+        rows = paired_rows(node, values)
         if rows is None:
             return params
         if params.axis is None:
