@@ -36,7 +36,7 @@ from onnxq.passes.linear import LINEAR
 from onnxq.passes.paired import EXACT, Layer, Means, correction, paired, powers, slopes
 
 NAME = "correct_bias"
-FITTED, JUDGING = 32, 16  # samples at most, spread over those there are
+FITTED, JUDGING = 24, 10  # samples at most, spread over those there are
 HELD_OUT = 4  # a part in so many of the samples judges
 PASSING = 0.02  # the least share of a channel's results that a clamp lets through, to correct it
 GAIN_DB = 0.5  # of the model's results, for less biases stay as they were
@@ -53,6 +53,8 @@ def corrected(
     if samples.synthetic or not len(samples):
         text = "synthetic samples do not tell by what results are moved: give --data"
         return [Note(NAME, model.graph.name, text, changed=False)]
+    if not any(node.op == "DequantizeLinear" for node in model.graph.nodes):
+        return [Note(NAME, model.graph.name, "nothing is quantized", changed=False)]
     work = _Work(model, samples, progress)
     for node, exact in _pairs(model):
         try:

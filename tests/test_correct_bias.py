@@ -204,3 +204,12 @@ def test_before_quantization_it_stays_analytic() -> None:
     cleanup(model)
     (note,) = CorrectBias(CPU, samples=data(proto))(model)
     assert "BatchNormalization" in note.text
+
+
+def test_where_nothing_was_quantized_nothing_is_corrected() -> None:
+    proto = built(DEEP.format(bias="", bias_t=""))
+    model, samples = Model.from_proto(proto).copy(), data(proto)
+    QuantizeStatic(ANY, samples, layers=("*=float",))(model)
+    (note,) = CorrectBias(ANY, samples=samples)(model)
+    assert note.text == "nothing is quantized"
+    assert not note.changed

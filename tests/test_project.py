@@ -25,6 +25,7 @@ SHARED = {
     "moves", "pairs",
     "halves", "half_storage", "half_forms", "half_rules", "half_ranges", "half_regions",
     "half_masks", "rescaling", "sites", "channels", "channel_moves", "moments", "data_free",
+    "biases", "empirical_bias", "paired",
 }  # fmt: skip
 
 
