@@ -13,11 +13,13 @@ from onnxq.core import Note
 from onnxq.coverage import Coverage, coverage
 from onnxq.data import Feed, Samples
 from onnxq.demands import broken_rules, require_quantized, require_valid, simulated
+from onnxq.emulation import Emulator, emulator
 from onnxq.errors import BudgetError, ModelError, RefusedError
 from onnxq.interfaces import coarse, has_integer_io, require_integers
 from onnxq.job import Job
 from onnxq.loading import ModelLike
 from onnxq.model import Model
+from onnxq.ports import ports_of
 from onnxq.recipes import Recipe
 from onnxq.targets import Target
 from onnxq.validation import Fidelity
@@ -26,6 +28,10 @@ from onnxq.validation import compare as compare_outputs
 INT8_WARNING = (
     "onnxruntime on x86 fails to load the result (a bug of its own, with int8 activations from "
     f"opset 21 on) unless its session option {runtime.INT8_ALLOWED} is 1; so it was compared"
+)
+SATURATES = (
+    "sums of pairs can exceed 16 bits in {} layers, where the target's machines saturate: outputs "
+    "were compared as those would compute them (emulated)"
 )
 
 
@@ -80,7 +86,9 @@ def attempt(recipe: Recipe, model: Model, notes: Sequence[Note], setting: Settin
     fidelity = None
     if len(setting.held):
         with setting.job.stage("validate"):
-            fidelity = _compared(model, setting)
+            emulated = _emulated(model, setting)
+            fidelity = _compared(model, setting, emulated)
+            warnings += [SATURATES.format(len(emulated.layers))] if emulated is not None else []
             warnings += coarse(model, fidelity) if has_integer_io(recipe) else []
             if model.opset >= 21 and runtime.needs_int8_allowed(model):
                 warnings.append(INT8_WARNING)
@@ -93,13 +101,21 @@ def _covered(model: Model, feed: Feed) -> Coverage:
     return coverage(model, model.shapes_for({k: np.shape(v) for k, v in feed.items()}))
 
 
-def _compared(model: Model, setting: Setting) -> Fidelity:
+def _emulated(model: Model, setting: Setting) -> Emulator | None:
+    """The result as it runs on the target's machines, where sums of pairs can saturate there."""
+    if not setting.target.saturates or ports_of(model):
+        return None
+    found = emulator(model)
+    return found if found.layers else None
+
+
+def _compared(model: Model, setting: Setting, emulated: Emulator | None) -> Fidelity:
     """Compare, and raise BudgetError for what must not be written."""
     require_valid(model, setting.original)
     try:
         fidelity = compare_outputs(
             setting.original, model, setting.held, seconds=setting.seconds,
-            progress=setting.job.sample_progress(len(setting.held)),
+            progress=setting.job.sample_progress(len(setting.held)), emulated=emulated,
         )  # fmt: skip
     except RefusedError as e:
         if setting.target.machines:

@@ -55,7 +55,8 @@ class Emulator:
 
     def run(self, feed: Feed) -> list[NDArray[Any]]:
         """The model's outputs for one sample, as saturating arithmetic gives them."""
-        feed = dict(feed) | {layer.correction: np.zeros((), np.float32) for layer in self.layers}
+        feed = runtime.fitted(self.session, feed)
+        feed |= {layer.correction: np.zeros((), np.float32) for layer in self.layers}
         for layer in self.layers:
             (integers,) = self.session.run([layer.integers], feed)
             feed[layer.correction] = _correction(layer, integers)

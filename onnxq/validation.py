@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from onnxq import runtime
 from onnxq.data import Feed, Samples
+from onnxq.emulation import Emulator
 from onnxq.errors import DataError, ModelError
 from onnxq.model import Model
 from onnxq.numerics.metrics import ErrorSums
@@ -100,12 +101,13 @@ def compare(
     *,
     seconds: float | None = None,
     progress: Callable[[int], None] | None = None,
+    emulated: Emulator | None = None,
 ) -> Fidelity:
     """Run both models over the samples, which are real values, and compare each output.
 
     Integer inputs and outputs that the model's metadata explain (`onnxq.ports`) are converted.
     Stops after `seconds` (but not before a few samples). Accuracy is top-1 of the first output, for
-    labels that have its shape without the last axis.
+    labels that have its shape without the last axis. emulated: runs in the result's place.
 
     Raises ModelError for outputs of other names or shapes, DataError for samples that do not run.
     """
@@ -116,9 +118,10 @@ def compare(
             "the two models have different outputs: they are not versions of one model"
         )
     tallies = {name: _Tally() for name in names}
+    judged = two if emulated is None else emulated
     hits, used, start = [0, 0, 0], 0, time.perf_counter()
     for feed in samples:
-        a, b = (_run(s, feed, used) for s in (one, two))
+        a, b = (_run(s, feed, used) for s in (one, judged))
         for name, x, y in zip(names, a, b, strict=True):
             if isinstance(x, np.ndarray):
                 tallies[name].add(name, x, np.asarray(y))
@@ -132,7 +135,7 @@ def compare(
     return Fidelity(tuple(t.result(n) for n, t in tallies.items()), used, *accuracy)
 
 
-def _run(client: runtime.Client, feed: Feed, index: int) -> list[Any]:
+def _run(client: runtime.Client | Emulator, feed: Feed, index: int) -> list[Any]:
     try:
         return client.run(feed)
     except Exception as e:  # onnxruntime's exceptions share no base but Exception

@@ -1,4 +1,7 @@
-"""Take out of biases what rounding weights adds to a layer's output on average; no data needed.
+"""Take out of biases what quantization adds to a layer's output on average.
+
+Behind quantize_static, from samples: see `onnxq.passes.empirical_bias`. Before it, from what
+BatchNormalizations know, no data needed:
 
     y = Conv(x, W, b)    =>    y = Conv(x, Wq, b - (Wq - W) E[x])
 
@@ -10,23 +13,28 @@ integers, which the passes behind take as they are. Padding is not accounted for
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from onnxq.core import Note, Skip
+from onnxq.data import Samples
 from onnxq.layers import Layers
-from onnxq.model import Model, readers, values_of
+from onnxq.model import Model, values_of
 from onnxq.options import require_range
 from onnxq.packed import Grid, Recovered
+from onnxq.passes.biases import added_row
 from onnxq.passes.channels import bias_row, check_layer, matrices
+from onnxq.passes.empirical_bias import corrected
 from onnxq.passes.formats import Granularity, Weights, formats_of
 from onnxq.passes.linear import LINEAR, constant, outputs_of, rewrite
 from onnxq.passes.moments import GUESSED, Moments, moments, of
 from onnxq.passes.static_rounding import WeightMethod, is_balanced, rounded, scale_axis
+from onnxq.sampling import NO_SAMPLES
 from onnxq.schemes import PerTensor, QParams, QuantScheme
 from onnxq.targets import Target
 from onnxq.weights import Weight
@@ -39,14 +47,20 @@ Values = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class CorrectBias:
-    """Round weights and correct biases; options as those of the quantize_static that follows."""
+    """Correct biases: by samples behind quantize_static, with rounded weights before it.
+
+    Options are those of that quantize_static.
+    """
 
     target: Target
     weights: Weights = "auto"
     granularity: Granularity = "auto"
     group_size: int = 32
     weight_range: WeightMethod = "minmax"
+    bias: Literal["auto", "int32", "float"] = "auto"
     layers: tuple[str, ...] = ()
+    samples: Samples | None = field(default=None, repr=False)
+    progress: Callable[[int], None] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Refuse options that cannot be."""
@@ -58,8 +72,19 @@ class CorrectBias:
         """The pass's name."""
         return NAME
 
+    @staticmethod
+    def wants(field: str, options: Mapping[str, Any]) -> bool:
+        """Never: there are samples behind quantize_static, and none are needed before it."""
+        return False
+
     def __call__(self, model: Model, /) -> Sequence[Note]:
-        """Edit weights and biases in place; a note for each layer."""
+        """Edit weights and biases in place; a note for each layer.
+
+        Raises DataError for samples that do not run.
+        """
+        if model.unquantized:
+            floats = "float" in (self.bias, self.target.bias)
+            return corrected(model, self.samples or NO_SAMPLES, self.progress, floats=floats)
         model.infer_shapes()
         choices = Layers.parse(self.layers).choices(model)
         formats = formats_of(
@@ -92,7 +117,7 @@ def _correct(
     data = of(node.inputs[0], found)
     if data.trust == GUESSED:
         raise Skip(f"no BatchNormalization tells the mean of {node.inputs[0].name}")
-    add = _added(model, node) if node.op == "MatMul" else None
+    add = added_row(model, node) if node.op == "MatMul" else None
     axis = scale_axis(node, 1, scheme)
     if axis is None:
         scheme = replace(scheme, granularity=PerTensor())
@@ -132,17 +157,6 @@ def _shifted(
     shift = alpha * np.einsum("goik,gi->go", wrong, mean).reshape(-1)
     power = alpha**2 * np.einsum("goik,gi->go", right**2, variance).reshape(-1)
     return shift, np.sqrt(power)
-
-
-def _added(model: Model, node: gs.Node) -> tuple[gs.Node, int]:
-    """The Add of a constant behind a MatMul, and which input that is; raises Skip without."""
-    found = list(readers(node.outputs[0]))
-    if len(found) == 1 and found[0][0].op == "Add" and not model.is_output(node.outputs[0]):
-        add, index = found[0]
-        values = values_of(add.inputs[1 - index])
-        if values is not None and values.dtype.kind == "f" and values.ndim <= 1:
-            return add, 1 - index
-    raise Skip("a MatMul has no bias, and no row is added behind it")
 
 
 def _remembering(

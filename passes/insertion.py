@@ -255,7 +255,7 @@ class Editor:
         node: the layer whose kernel must not saturate, where the target's can.
         """
         guarded = node if node is not None and self.target.saturates else None
-        balances = guarded is None and node is not None and self.is_balanced(node)
+        balances = node is not None and self.is_balanced(node)
         group = guarded and (guarded.op, guarded.attrs.get("transB", 0))
         key = (id(tensor), scheme, axis, group, balances)
         if key not in self.weights:

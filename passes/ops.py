@@ -138,6 +138,19 @@ def kernel_rows(node: gs.Node, values: NDArray[Any]) -> NDArray[Any] | None:
     return None
 
 
+def paired_rows(node: gs.Node, values: NDArray[Any]) -> NDArray[Any] | None:
+    """`kernel_rows` with every pair of neighbours that can come to be, also by widen_channels.
+
+    A channel of zeros behind an odd number of them changes who is whose neighbour.
+    """
+    rows = kernel_rows(node, values)
+    if rows is None or node.op != "Conv" or values.shape[1] % 2 == 0:
+        return rows
+    widened = np.pad(values, [(0, 1) if axis == 1 else (0, 0) for axis in range(values.ndim)])
+    even = np.pad(rows, ((0, 0), (0, rows.shape[1] % 2), (0, 0)))
+    return np.concatenate([even, conv_rows(widened, len(rows))], 1)
+
+
 def conv_rows(values: NDArray[Any], group: int) -> NDArray[Any]:
     """A convolution's weight as [groups, K, N], channels fastest, then kernel positions."""
     rows = np.moveaxis(values, 1, -1).reshape(group, values.shape[0] // group, -1)

@@ -29,7 +29,7 @@ from onnxq.packed import Grid
 from onnxq.passes.grams import Layer, Seen, db
 from onnxq.passes.layouts import Held, held_by
 from onnxq.passes.observing import Observing
-from onnxq.passes.ops import OPS, kernel_rows
+from onnxq.passes.ops import OPS, kernel_rows, paired_rows
 from onnxq.passes.packed_weights import stands_for
 from onnxq.schemes import FORMATS
 from onnxq.targets import Target
@@ -168,7 +168,7 @@ class _Task:
         old = self.grid.numbers
         places = np.arange(made.size).reshape(made.shape)
         for layer in self.layers:
-            rows, where = (kernel_rows(layer.node, a) for a in (made, places))
+            rows, where = paired_rows(layer.node, made), kernel_rows(layer.node, places)
             if rows is None or where is None:
                 continue
             risky = np.stack([excess(part).max(0, initial=0.0) > 1 for part in rows])

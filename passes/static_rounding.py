@@ -10,9 +10,9 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from onnxq.model import values_of
-from onnxq.numerics.saturation import safe_scale
+from onnxq.numerics.saturation import safe_scale, saturates
 from onnxq.packed import fitted
-from onnxq.passes.ops import kernel_rows, weight_axis
+from onnxq.passes.ops import paired_rows, weight_axis
 from onnxq.schemes import (
     PerGroup,
     PerTensor,
@@ -39,20 +39,22 @@ def rounded(
     """Integers and parameters of a constant, and how many scales the guard has raised.
 
     Integers that it remembers stay where the scheme holds them. guarded: the layer whose kernel
-    must not saturate; else is_balanced: errors cancel in sums (`numerics.balancing`).
+    must not saturate. is_balanced: errors cancel in sums (`numerics.balancing`).
     """
     values = np.asarray(values_of(tensor))
     known = fitted(tensor, scheme, axis)
-    q, given = known or quantize_weight(values, scheme, axis, method)
+    q, params = known or quantize_weight(values, scheme, axis, method)
+    raised = 0
     if guarded is not None:
-        params = _guarded(guarded, values, given)
+        given, params = params, _guarded(guarded, values, params)
         raised = int((params.scale > given.scale).sum())
         if known is None or raised:
             q = integers(values, scheme, params)
-        return q, params, raised
-    if is_balanced and given.group_size is None and known is None:
-        q = balance(values, q, scheme, given, 0)
-    return q, given, 0
+    if is_balanced and params.group_size is None and known is None:
+        near, q = q, balance(values, q, scheme, params, 0)
+        if guarded is not None and (rows := paired_rows(guarded, q)) is not None:
+            q[saturates(rows)] = near[saturates(rows)]
+    return q, params, raised
 
 
 def is_balanced(node: gs.Node, negative: float) -> bool:
@@ -65,7 +67,7 @@ def is_balanced(node: gs.Node, negative: float) -> bool:
 
 def _guarded(node: gs.Node, values: NDArray[Any], params: QParams) -> QParams:
     """Scales with which no pair of products exceeds 16 bits, see `numerics.saturation`."""
-    rows = kernel_rows(node, values)
+    rows = paired_rows(node, values)
     if rows is None:
         return params
     if params.axis is None:

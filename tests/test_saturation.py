@@ -6,15 +6,22 @@ import itertools
 from dataclasses import replace
 
 import numpy as np
+import onnx
 import pytest
 from onnx import numpy_helper, parser
 
 from onnxq import check, runtime
+from onnxq.attempts import Setting, attempt
+from onnxq.data import open_samples
 from onnxq.emulation import emulator
-from onnxq.model import Model
+from onnxq.job import Job
+from onnxq.model import Model, producer
 from onnxq.numerics.metrics import sqnr_db
-from onnxq.numerics.saturation import excess, lost, safe_scale
-from onnxq.passes import QuantizeStatic
+from onnxq.numerics.saturation import excess, lost, safe_scale, saturates
+from onnxq.passes import QuantizeStatic, WidenChannels
+from onnxq.passes.ops import kernel_rows
+from onnxq.recipes import load_recipe
+from onnxq.sampling import NO_SAMPLES
 from onnxq.synthetic import synthetic_samples
 from onnxq.targets import load_target
 
@@ -199,3 +206,76 @@ def test_without_the_guard_they_are_violations() -> None:
     found = check(after, target="ort-cpu-avx2").violations
     assert [v.rule for v in found] == ["saturates"] * 3
     assert check(after, target="ort-cpu").violations == ()
+
+
+def odd_channels() -> onnx.ModelProto:
+    """Three channels, large weights: pairs are others once widen_channels adds a fourth."""
+    proto = parser.parse_model(
+        '<ir_version: 8, opset_import: ["": 17]> g (float[1, 3, 12, 12] x) => (float[a, b, c, d] y)'
+        " { c = Conv<pads = [1, 1, 1, 1]>(x, w) r = Relu(c) y = Conv(r, v) }"
+    )
+    rng = np.random.default_rng(3)
+    for name, shape in {"w": (32, 3, 3, 3), "v": (16, 32, 1, 1)}.items():
+        values = rng.choice([-0.11, -0.1, 0.1, 0.12], shape).astype(np.float32)
+        proto.graph.initializer.append(numpy_helper.from_array(values, name))
+    return proto
+
+
+def test_the_guard_holds_when_channels_of_zeros_are_added() -> None:
+    model = Model.from_proto(odd_channels()).copy()
+    target = replace(load_target("ort-cpu-avx2"), costs=None)
+    QuantizeStatic(target, synthetic_samples(model, 8))(model)
+    assert emulator(model).layers == ()
+    (first, _) = model.nodes("Conv")
+    source = producer(first.inputs[1])
+    assert source is not None
+    q = source.inputs[0].values
+    wide = np.pad(q, ((0, 0), (0, 1), (0, 0), (0, 0)))
+    for weight in (q, wide):
+        rows = kernel_rows(first, weight)
+        assert rows is not None
+        assert not saturates(rows).any()
+    model.sweep()
+    WidenChannels(target)(model)
+    assert emulator(model).layers == ()
+
+
+def test_balanced_rounding_is_kept_where_pairs_stay_in_16_bits() -> None:
+    """Rounding errors of a kernel cancel, to half a step, in all outputs but a few."""
+    proto = odd_channels()
+    exact = RNG.normal(0, 0.1, (32, 3, 3, 3)).astype(np.float32)
+    proto.graph.initializer[0].CopyFrom(numpy_helper.from_array(exact, "w"))
+    model = Model.from_proto(proto).copy()
+    x = RNG.gamma(1.0, 1.0, (8, 3, 12, 12)).astype(np.float32)
+    target = replace(load_target("ort-cpu-avx2"), costs=None)
+    QuantizeStatic(target, open_samples({"x": x}, model))(model)
+    assert emulator(model).layers == ()
+    source = producer(model.nodes("Conv")[0].inputs[1])
+    assert source is not None
+    q, scale = (np.asarray(source.inputs[i].values, np.float64) for i in (0, 1))
+    steps = exact / scale.reshape(-1, 1, 1, 1)
+    balanced, nearest = (
+        (np.abs((w - steps).sum((2, 3))) < 0.51).all(1) for w in (q, np.rint(steps))
+    )
+    assert balanced.mean() > 0.6
+    assert nearest.mean() < 0.5
+
+
+def test_what_saturates_is_compared_as_it_runs_there() -> None:
+    """Foreign integers know no guard."""
+    model = Model.from_proto(odd_channels()).copy()
+    QuantizeStatic(replace(load_target("ort-cpu"), costs=None), synthetic_samples(model, 8))(model)
+    assert len(emulator(model).layers) == 2
+    setting = Setting(
+        model, load_target("ort-cpu-avx2"), NO_SAMPLES, synthetic_samples(model, 4), None, 5.0,
+        True, Job(None, (), None),
+    )  # fmt: skip
+    recipe = load_recipe("cleanup")
+    found = attempt(recipe, model.copy(), [], setting)
+    assert any("exceed 16 bits in 2 layers" in text for text in found.warnings)
+    assert found.fidelity is not None
+    assert found.fidelity.sqnr_db < 30
+    plain = attempt(recipe, model.copy(), [], replace(setting, target=load_target("ort-cpu")))
+    assert plain.fidelity is not None
+    assert plain.fidelity.sqnr_db > 60
+    assert not any("16 bits" in text for text in plain.warnings)

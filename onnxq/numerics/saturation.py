@@ -35,6 +35,11 @@ def excess(w: NDArray[np.int8]) -> NDArray[np.float64]:
     return np.maximum(above, below)
 
 
+def saturates(rows: NDArray[np.int8]) -> NDArray[np.bool_]:
+    """Which outputs of [groups, K, N] have a pair that can saturate: shape [groups * N]."""
+    return np.hstack([excess(w).max(0, initial=0.0) > 1 for w in rows])
+
+
 def safe_scale(w: NDArray[np.float32], scale: NDArray[np.float32]) -> NDArray[np.float32]:
     """The least scales, not under the given ones, with which no pair can saturate.
 

@@ -25,6 +25,7 @@ import numpy as np
 from onnxq import load, runtime
 from onnxq.data import Samples, open_samples
 from onnxq.errors import OnnxqError
+from onnxq.numerics.metrics import ErrorSums
 from onnxq.recipes import Recipe, load_recipe, plan
 from onnxq.targets import load_target
 
@@ -104,7 +105,8 @@ def main() -> None:
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for name in a.recipes.split(","):
         methods = [m for m in METHODS[name] if a.methods in m.name]
-        rows = found[name] = {"float": {}} | {m.name: {} for m in methods}
+        rows: dict[str, dict[str, Any]] = {"float": {}, **{m.name: {} for m in methods}}
+        found[name] = rows
         for path in paths:
             calib, held = (beside(path, kind) for kind in ("calib", "eval"))
             fitting = open_samples(calib, load(path))
