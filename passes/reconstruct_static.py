@@ -23,7 +23,7 @@ from onnxq.data import Samples
 from onnxq.model import Model, readers, values_of
 from onnxq.numerics import grids
 from onnxq.numerics.reconstruction import rounded_again, squared_error
-from onnxq.numerics.saturation import excess
+from onnxq.numerics.saturation import saturates
 from onnxq.options import require_range
 from onnxq.packed import Grid
 from onnxq.passes.grams import Layer, Seen, db
@@ -171,7 +171,7 @@ class _Task:
             rows, where = paired_rows(layer.node, made), kernel_rows(layer.node, places)
             if rows is None or where is None:
                 continue
-            risky = np.stack([excess(part).max(0, initial=0.0) > 1 for part in rows])
+            risky = saturates(rows).reshape(len(rows), -1)
             back = np.zeros(made.size, np.bool_)
             back[where.swapaxes(1, 2)[risky]] = True
             made = np.where(back.reshape(made.shape), old, made)

@@ -25,14 +25,14 @@ from onnxq.data import Samples
 from onnxq.errors import DataError
 from onnxq.model import Model, readers, values_of
 from onnxq.numerics.adaptive import Meeting, Rounding, adapted
-from onnxq.numerics.saturation import excess
+from onnxq.numerics.saturation import saturates
 from onnxq.options import require_range
 from onnxq.packed import Grid
 from onnxq.passes.grams import Layer, db, depths, in_rounds
 from onnxq.passes.layouts import Held, held_by
 from onnxq.passes.linear import LINEAR
 from onnxq.passes.meetings import Met, blocks_of, meetings, rows_of, wanted_places
-from onnxq.passes.ops import clamp_bounds, kernel_rows
+from onnxq.passes.ops import clamp_bounds, paired_rows
 from onnxq.passes.packed_weights import stands_for
 from onnxq.schemes import FORMATS, IntFormat
 from onnxq.targets import Target
@@ -227,11 +227,10 @@ class _Task:
         if target is None or not target.saturates or self.numbers.dtype != np.int8:
             return found
         made = self.layer.held.unrolled(rows_of(self.layer, found.steps))
-        rows = kernel_rows(self.layer.node, made.astype(np.int8))
+        rows = paired_rows(self.layer.node, made.astype(np.int8))
         if rows is None:
             return found
-        risky = np.stack([(excess(part) > 1).any(0) for part in rows]).reshape(-1)
-        back = risky.reshape(*found.steps.shape[:2], 1)
+        back = saturates(rows).reshape(*found.steps.shape[:2], 1)
         return Rounding(
             np.where(back, start.steps, found.steps), found.scale, found.lowest, found.highest
         )
