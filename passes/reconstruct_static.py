@@ -143,7 +143,7 @@ class _Task:
         rows, parts = held.rows(self.weight), grid.map(held.rows)
         zero = np.zeros((1, 1)) if parts.zero is None else parts.zero
         found = rounded_again(
-            rows, seen.fitted, _limits(self.numbers, grid), parts.scale,
+            rows, seen.trusted, _limits(self.numbers, grid), parts.scale,
             np.broadcast_to(zero, rows.shape), damping=options.damping, sweeps=options.sweeps,
         )  # fmt: skip
         made = self._safe(held.unrolled(found.numbers))
