@@ -52,8 +52,8 @@ class ReconstructStatic:
 
     samples: Samples = field(repr=False)
     bits: int = 8
-    damping: float = 0.1
-    sweeps: int = 0
+    damping: float = 0.01
+    sweeps: int = 3
     rounds: int = 1
     memory_mb: int = 1024
     target: Target | None = None
