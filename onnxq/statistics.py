@@ -223,12 +223,13 @@ class Gram:
     """Sums of x x^T over the vectors x that a layer multiplies its weight with.
 
     sums: float64 [blocks, K, K]; products of some K vectors are added in float32. Of
-    samples with NaN or infinities in them nothing is added.
+    samples with NaN or infinities in them nothing is added. vectors: how many were looked at.
     """
 
     sums: NDArray[np.float64]
     count: int = 0
     has_nonfinite: bool = False
+    vectors: int = 0
 
     def merge(self, other: Gram) -> Gram:
         """Return the sums over both sets of samples; to the last digits the order matters.
@@ -241,6 +242,7 @@ class Gram:
             self.sums + other.sums,
             self.count + other.count,
             self.has_nonfinite or other.has_nonfinite,
+            self.vectors + other.vectors,
         )
 
     def whole(self, lay: Lay) -> NDArray[np.float64]:
@@ -261,6 +263,7 @@ class GramTally:
     size: int = 0
     count: int = 0
     has_nonfinite: bool = False
+    vectors: int = 0
 
     def see(self, x: NDArray[Any], offset: int, kept: NDArray[np.bool_] | None = None) -> None:
         """Add one sample's whole tensor; kept: see `Vectors.of`."""
@@ -271,6 +274,7 @@ class GramTally:
             vectors = np.zeros_like(vectors)
         self.waiting.append(vectors * np.float32(share**0.5))
         self.size += vectors.shape[1]
+        self.vectors += vectors.shape[1]
         if self.size >= vectors.shape[2]:
             self._add()
 
@@ -279,7 +283,7 @@ class GramTally:
         if self.waiting:
             self._add()
         sums = np.zeros((1, 0, 0)) if self.sums is None else self.sums
-        return Gram(sums, self.count, self.has_nonfinite)
+        return Gram(sums, self.count, self.has_nonfinite, self.vectors)
 
     def _add(self) -> None:
         vectors = np.concatenate(self.waiting, 1)

@@ -40,6 +40,21 @@ class Seen:
 
     fitted: NDArray[np.float64]
     judging: NDArray[np.float64]
+    vectors: int
+
+    @property
+    def trusted(self) -> NDArray[np.float64]:
+        """What weights are fitted to: of few vectors, products of different values are lowered.
+
+        They are chance in part, by which integers would only seem to get better. Of n vectors of K
+        values, K / (2 (K + n)) of them are taken off (measured on MiniLM, 550 words: 1 dB).
+        """
+        size = self.fitted.shape[1]
+        kept = 1 - size / (2 * (size + self.vectors))
+        lowered: NDArray[np.float64] = self.fitted * kept
+        at = np.arange(size)
+        lowered[:, at, at] = self.fitted[:, at, at]
+        return lowered
 
     @classmethod
     def of(cls, layers: Sequence[Layer], seen: Mapping[tuple[int, int], Seen]) -> Seen:
@@ -50,7 +65,11 @@ class Seen:
         first = seen[keys[0]]
         for key in keys[1:]:
             more = seen[key]
-            first = cls(first.fitted + more.fitted, first.judging + more.judging)
+            first = cls(
+                first.fitted + more.fitted,
+                first.judging + more.judging,
+                first.vectors + more.vectors,
+            )
         return first
 
 
@@ -179,9 +198,10 @@ def observed_products(
         grams = [seen[key] for key in keys]
         assert all(isinstance(gram, Gram) for gram in grams)
         whole = [gram.whole(layer.lay) for gram in grams if isinstance(gram, Gram)]
+        vectors = grams[0].vectors  # type: ignore[attr-defined]
         is_finite = not any(gram.has_nonfinite for gram in grams)  # type: ignore[attr-defined]
         if is_finite and all(sums.any() for sums in whole):
-            found[id(layer.node), layer.held.index] = Seen(*whole)
+            found[id(layer.node), layer.held.index] = Seen(whole[0], whole[1], vectors)
     return found
 
 

@@ -52,8 +52,8 @@ class ReconstructStatic:
 
     samples: Samples = field(repr=False)
     bits: int = 8
-    damping: float = 0.1
-    sweeps: int = 0
+    damping: float = 0.01
+    sweeps: int = 3
     rounds: int = 1
     memory_mb: int = 1024
     target: Target | None = None
@@ -143,7 +143,7 @@ class _Task:
         rows, parts = held.rows(self.weight), grid.map(held.rows)
         zero = np.zeros((1, 1)) if parts.zero is None else parts.zero
         found = rounded_again(
-            rows, seen.fitted, _limits(self.numbers, grid), parts.scale,
+            rows, seen.trusted, _limits(self.numbers, grid), parts.scale,
             np.broadcast_to(zero, rows.shape), damping=options.damping, sweeps=options.sweeps,
         )  # fmt: skip
         made = self._safe(held.unrolled(found.numbers))

@@ -105,7 +105,7 @@ class WeightTask:
         scheme = self.scheme
         rows = np.asarray(self.weight.held.rows(self.weight.tensor.values), np.float32)
         near = self.solver.nearest(rows, scheme, seen.fitted)
-        found = self.solver.solved(rows, scheme, seen.fitted, near)
+        found = self.solver.solved(rows, scheme, seen.trusted, near)
         before, after = (
             squared_error(rows - n.grid().values(), seen.judging) for n in (near, found)
         )

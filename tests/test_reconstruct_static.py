@@ -106,7 +106,7 @@ def test_results_are_closer_and_integers_alone_change(name: str, granularity: An
     assert all(note.changed for note in notes)
     held = samples.skip(24)
     gain = closeness(before, after, held) - closeness(before, plain, held)
-    assert gain > (0.7 if "depthwise" in name else 2)
+    assert gain > (0.4 if "depthwise" in name else 2)
     one, two = weights(plain), weights(after)
     assert one.keys() == two.keys()
     changed = {n for n in one if not np.array_equal(one[n], two[n])}
