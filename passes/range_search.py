@@ -32,13 +32,16 @@ LADDER: tuple[Method | float, ...] = (
 )  # fmt: skip
 """Prices of clipping, ascending: wider and wider ranges."""
 START = LADDER.index("careful")
+TOGETHER = [LADDER.index(step) for step in ("minmax", "mse", 100.0, 10.0, 0.3, 0.03, 0.003)]
+"""In which order steps are tried for all tensors at once."""
 SAMPLES = 12  # that a candidate is run on, at most; and that judge
-ROUNDS, VERDICTS = 12, 4  # measurements that there are passes for, of these for the verdict
+ROUNDS, VERDICTS = 6, 2  # measurements that there are passes for, of these for the verdict
 MEMORY = 1 << 28  # bytes of reference outputs that are kept
 GAIN = 0.02  # of an error: less is not worth a change
 EXACT, LARGEST = 1e-12, 100.0  # an error that is none, and the greatest logarithm
 HOPELESS = 2.0  # times the least error: further on the ladder it will not be better
-SIGMAS = 2.0  # standard errors by which a gain has to be above zero
+SIGMAS = 2.0  # standard errors by which a gain has to be above zero, among so many attempts
+SIGMAS_OF_ALL = 1.0  # the same where all tensors move together: few attempts, and more to gain
 Errors = NDArray[np.float64]
 Steps = NDArray[np.int64]
 Expected = list[tuple[Feed, Outputs]]
@@ -93,6 +96,7 @@ def search(
     chosen, judging = (_expected(reference, part, passes) for part in divided(samples))
     work = _Search(simulation, candidates, groups, passes - VERDICTS * len(judging))
     steps = work.descend(chosen)
+    work.limit = passes
     before = after = (
         work.errors(judging, work.start) if (steps != START).any() else np.zeros((1, 1))
     )
@@ -121,9 +125,13 @@ class _Search:
         return np.full(len(self.groups), START, np.int64)
 
     def ranges(self, steps: Steps) -> Ranges:
-        """Parameters of all groups, those that are not searched included."""
-        moved = {k: self.candidates[n][k] for k, n in zip(self.groups, steps, strict=True)}
-        return {**self.candidates[START], **moved}
+        """Parameters of all tensors; those of a group are one object, and move together."""
+        start = self.candidates[START]
+        found = {id(start[key]): int(n) for key, n in zip(self.groups, steps, strict=True)}
+        return {
+            key: self.candidates[found.get(id(params), START)][key]
+            for key, params in start.items()
+        }
 
     def errors(self, samples: Expected, steps: Steps) -> Errors:
         """Of each sample."""
@@ -136,32 +144,57 @@ class _Search:
         """All groups, halves, quarters: each to where on the ladder the error is clearly least."""
         steps = self.start
         error = self.errors(samples, steps)
-        blocks = deque([slice(0, len(steps))] if error.size else [])
-        while blocks and self.passes + len(samples) <= self.limit:
-            block = blocks.popleft()
-            is_whole, origin = block.stop - block.start == len(steps), steps
+        if not error.size:
+            return steps
+        steps, error = self._together(samples, steps, error)
+        blocks = deque(_halves(slice(0, len(steps))))
+        while blocks and self.has_passes(samples):
+            block, origin = blocks.popleft(), steps
             for way in (1, -1):
                 for there in self._further(origin, block, way):
-                    if self.passes + len(samples) > self.limit:
+                    if not self.has_passes(samples):
                         return steps
                     made = self.errors(samples, there)
-                    if is_clearly_better(made, error):
-                        steps, error = there, made
-                    elif not is_whole or made.sum() > HOPELESS * error.sum():
+                    if not is_clearly_better(made, error):
                         break
-                if steps is not origin and not is_whole:
+                    steps, error = there, made
+                if steps is not origin:
                     break
-            if block.stop - block.start > 1:
-                middle = (block.start + block.stop + 1) // 2
-                blocks += [slice(block.start, middle), slice(middle, block.stop)]
+            blocks += _halves(block)
         return steps
+
+    def has_passes(self, samples: Expected) -> bool:
+        """Whether one more measurement is within the limit."""
+        return self.passes + len(samples) <= self.limit
+
+    def _together(self, samples: Expected, steps: Steps, error: Errors) -> tuple[Steps, Errors]:
+        """All groups at the step that is best for them together."""
+        tried, narrow = [START], error
+        for here in TOGETHER:
+            if not self.has_passes(samples):
+                break
+            if here < TOGETHER[1] and narrow.sum() > HOPELESS * error.sum():
+                break
+            if not all(self._differ(here, there, self.groups) for there in tried):
+                continue
+            tried.append(here)
+            there = np.full_like(steps, here)
+            made = self.errors(samples, there)
+            narrow = made if here < START else narrow
+            if is_clearly_better(made, error, SIGMAS_OF_ALL):
+                steps, error = there, made
+        return steps, error
+
+    def _differ(self, one: int, other: int, groups: Sequence[Key]) -> bool:
+        """Whether some group has another range at one step than at the other."""
+        now, then = self.candidates[one], self.candidates[other]
+        return any(_differ(now[key], then[key]) for key in groups)
 
     def _further(self, steps: Steps, block: slice, way: int) -> Iterator[Steps]:
         """The block, all on one step, at the next ones where some range is another."""
         before = here = int(steps[block.start])
         while 0 <= (here := here + way) < len(LADDER):
-            now, then = self.candidates[here], self.candidates[before]
-            if any(_differ(now[key], then[key]) for key in self.groups[block]):
+            if self._differ(here, before, self.groups[block]):
                 before, there = here, steps.copy()
                 there[block] = here
                 yield there
@@ -171,6 +204,8 @@ class _Search:
         changed = np.flatnonzero(steps != START)
         best = self.start, before
         for part in (changed, *np.array_split(changed, 2)):
+            if not self.has_passes(samples):
+                break
             there = self.start
             there[part] = steps[part]
             made = self.errors(samples, there)
@@ -181,6 +216,12 @@ class _Search:
         return best
 
 
+def _halves(block: slice) -> Iterator[slice]:
+    if block.stop - block.start > 1:
+        middle = (block.start + block.stop + 1) // 2
+        yield from (slice(block.start, middle), slice(middle, block.stop))
+
+
 def gains(made: Errors, before: Errors) -> NDArray[np.float64]:
     """By how much the error of each sample falls: natural logarithms, the mean of all outputs."""
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -188,11 +229,11 @@ def gains(made: Errors, before: Errors) -> NDArray[np.float64]:
     return np.asarray(np.nan_to_num(fallen, nan=0.0, posinf=LARGEST, neginf=-LARGEST).mean(1))
 
 
-def is_clearly_better(made: Errors, before: Errors) -> bool:
+def is_clearly_better(made: Errors, before: Errors, sigmas: float = SIGMAS) -> bool:
     """Whether errors fall: altogether, and in samples by more than chance and enough to care."""
     gain = gains(made, before)
     spread = gain.std(ddof=1) / np.sqrt(len(gain)) if len(gain) > 1 else 0.0
-    return bool(made.sum() < before.sum() and gain.mean() > max(GAIN, SIGMAS * spread))
+    return bool(made.sum() < before.sum() and gain.mean() > max(GAIN, sigmas * spread))
 
 
 def _expected(session: Any, samples: Samples, passes: int) -> Expected:

@@ -297,7 +297,7 @@ def test_every_pass_is_listed_and_told() -> None:
 def test_a_pass_shows_its_mathematics_and_options() -> None:
     text = run("passes", "quantize_static").stdout
     assert "y = DQ(Q(Conv(DQ(Q(x)), DQ(Wq), DQ(bq))))" in text
-    assert 'one of minmax, percentile, entropy, mse, careful, default "minmax"' in text
+    assert 'one of minmax, percentile, entropy, mse, careful, output, default "minmax"' in text
     assert "samples  " not in text
     assert "no options" in run("passes", "fold_add").stdout
     assert "fold_batchnorm" in run("passes", "cleanup").stdout
