@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from itertools import takewhile
 from pathlib import Path
@@ -127,21 +127,19 @@ def _tried(recipe: Recipe, model: Model, setting: Setting, *, has_data: bool) ->
                 verdict = str(e)
         tries.append(_Try(Candidate(one.name, verdict=verdict)))
     with temporary_folder() as folder:
-        planned = _told_apart(planned, folder)
-        shared = _common(list(planned.values()))
-        notes = _rewrite(model, shared, setting)
         seen: dict[str, int] = {}
         errors: list[OnnxqError] = []
-        for number, passes in planned.items():
-            this, copy = tries[number], model.copy()
+        branches = _Branches(_told_apart(planned, folder), model, setting)
+        for number in planned:
+            this = tries[number]
             try:
-                added = _rewrite(copy, passes[len(shared) :], setting)
-                earlier = seen.setdefault(fingerprint(copy), number)
+                made, notes = branches.result(number)
+                earlier = seen.setdefault(fingerprint(made), number)
                 if earlier != number:
                     verdict = f"{SAME} {recipe.choose[earlier].name}"
                     this.candidate = replace(this.candidate, verdict=verdict)
                     continue
-                _judge(this, recipe.choose[number], copy, [*notes, *added], setting)
+                _judge(this, recipe.choose[number], made, notes, setting)
             except (RecipeError, ModelError) as e:
                 errors.append(e)
                 this.candidate = replace(this.candidate, verdict=str(e))
@@ -204,16 +202,44 @@ def _planned(recipe: Recipe, setting: Setting) -> tuple[Pass, ...]:
     ).passes  # fmt: skip
 
 
-def _common(pipelines: Sequence[tuple[Pass, ...]]) -> tuple[Pass, ...]:
-    """The passes that all pipelines begin with."""
+class _Branches:
+    """Runs pipelines on one model; what some of them begin with is done once."""
 
-    def equal() -> Iterator[Pass]:
-        for first, *others in zip(*pipelines, strict=False):
-            if any(other != first for other in others):
-                return
-            yield first
+    def __init__(
+        self, pipelines: Mapping[int, tuple[Pass, ...]], model: Model, setting: Setting
+    ) -> None:
+        self.todo, self.setting = dict(pipelines), setting
+        self.made: list[tuple[tuple[Pass, ...], Model, list[Note]]] = [((), model, [])]
 
-    return tuple(equal())
+    def result(self, number: int) -> tuple[Model, list[Note]]:
+        """What one pipeline makes of a copy of the model, each of them once."""
+        passes = self.todo.pop(number)
+        self.made = [one for one in self.made if not one[0] or self._is_wanted(one[0], passes)]
+        done, model, notes = max(
+            (one for one in self.made if _common(one[0], passes) == len(one[0])),
+            key=lambda one: len(one[0]),
+        )
+        model, notes = model.copy(), list(notes)
+        for at in self._forks(passes):
+            if at > len(done):
+                notes += _rewrite(model, passes[len(done) : at], self.setting)
+                done = passes[:at]
+                self.made.append((done, model, list(notes)))
+                model = model.copy()
+        return model, notes + _rewrite(model, passes[len(done) :], self.setting)
+
+    def _forks(self, passes: tuple[Pass, ...]) -> list[int]:
+        """Where pipelines that are still to run leave this one."""
+        return sorted({_common(passes, other) for other in self.todo.values()})
+
+    def _is_wanted(self, done: tuple[Pass, ...], passes: tuple[Pass, ...]) -> bool:
+        return any(_common(done, p) == len(done) for p in (passes, *self.todo.values()))
+
+
+def _common(one: tuple[Pass, ...], other: tuple[Pass, ...]) -> int:
+    """How many passes both begin with."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((n for n, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def _time(tries: Sequence[_Try], setting: Setting, seconds: float) -> None:

@@ -129,8 +129,7 @@ class _Search:
         start = self.candidates[START]
         found = {id(start[key]): int(n) for key, n in zip(self.groups, steps, strict=True)}
         return {
-            key: self.candidates[found.get(id(params), START)][key]
-            for key, params in start.items()
+            key: self.candidates[found.get(id(params), START)][key] for key, params in start.items()
         }
 
     def errors(self, samples: Expected, steps: Steps) -> Errors:

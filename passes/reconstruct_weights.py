@@ -33,7 +33,7 @@ class ReconstructWeights:
     """Weights that quantize_weights stores with the same options, where its results get closer.
 
     Each layer is judged by the squared error of its results on the last quarter of the samples:
-    where reconstruction does not lower it, the weight is rounded to nearest.
+    where reconstruction does not lower it, the weight stays as it was for quantize_weights.
 
     range: how scales are chosen, for groups when their turn comes; importance weighs each value by
     what its error costs when the values behind it make up for it. damping: how far correlations are

@@ -101,7 +101,7 @@ class WeightTask:
     layers: tuple[Layer, ...]
 
     def solve(self, seen: Seen, /) -> Note:
-        """Put the better of the numbers that were found, and of the nearest, in its place."""
+        """Put the numbers in its place where they are better than the nearest ones."""
         scheme = self.scheme
         rows = np.asarray(self.weight.held.rows(self.weight.tensor.values), np.float32)
         near = self.solver.nearest(rows, scheme, seen.fitted)
@@ -110,14 +110,15 @@ class WeightTask:
             squared_error(rows - n.grid().values(), seen.judging) for n in (near, found)
         )
         whole, helps = squared_error(rows, seen.judging), after < before
-        self._put(found if helps else near)
+        if helps:
+            self._put(found)
         what = scheme.format if isinstance(scheme, QuantScheme) else f"{scheme.kind} codebook"
         text = (
             f"weights as {what} {shared_by(scheme.granularity)}: results within "
             f"{db(whole, after)} on samples kept back, rounded to nearest {db(whole, before)}"
         )
         text += "" if helps else ": undone"
-        return Note(self.rule, self.weight.node.name, text, changed=True)
+        return Note(self.rule, self.weight.node.name, text, changed=helps)
 
     def _put(self, numbers: Numbers) -> None:
         """A constant that remembers the numbers, in the weight's place and under its name."""
