@@ -35,11 +35,12 @@ STATIC, STORED = "quantize_static", "quantize_weights"
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """What is changed of a recipe: passes in front of and behind another one, and options."""
+    """What is changed of a recipe: passes in front of and behind another one or not, and options."""
 
     name: str
     before: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     behind: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    without: tuple[str, ...] = ()
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     recipe: str | None = None
 
@@ -48,7 +49,7 @@ class Method:
         if self.recipe is not None:
             return load_recipe(self.recipe)
         passes: list[str] = []
-        for name in recipe.passes:
+        for name in (p for p in recipe.passes if p not in self.without):
             passes += [*self.before.get(name, ()), name, *self.behind.get(name, ())]
         options = {
             name: {**recipe.options.get(name, {}), **self.options.get(name, {})} for name in passes
@@ -56,8 +57,8 @@ class Method:
         return replace(recipe, passes=tuple(passes), options=options)
 
 
-EQUALIZED, SMOOTHED = ({STATIC: (name,)} for name in ("equalize_layers", "smooth_activations"))
-OUTPUT = {STATIC: {"range": "output"}}
+CHOOSING = ("reconstruct_static", "round_adaptively")
+BEFORE = ("equalize_layers", "smooth_activations")
 
 
 def behind(*passes: str) -> Mapping[str, tuple[str, ...]]:
@@ -67,10 +68,12 @@ def behind(*passes: str) -> Mapping[str, tuple[str, ...]]:
 
 METHODS: dict[str, tuple[Method, ...]] = {
     "int8": (
-        Method("int8, ranges minmax", options={STATIC: {"range": "minmax"}}),
-        Method("int8, ranges mse", options={STATIC: {"range": "mse"}}),
-        Method("int8, ranges careful", options={STATIC: {"range": "careful"}}),
-        Method("int8, ranges output", options=OUTPUT),
+        Method("ranges minmax", without=BEFORE, options={STATIC: {"range": "minmax"}}),
+        Method("ranges mse", without=BEFORE, options={STATIC: {"range": "mse"}}),
+        Method("ranges careful", without=BEFORE, options={STATIC: {"range": "careful"}}),
+        Method("ranges output", without=BEFORE),
+        Method("ranges output + equalize_layers", without=BEFORE[1:]),
+        Method("ranges output + smooth_activations", without=BEFORE[:1]),
         Method("int8"),
         Method("int8 + reconstruct_static", behind=behind("reconstruct_static")),
         Method("int8 + round_adaptively", behind=behind("round_adaptively")),
@@ -79,11 +82,12 @@ METHODS: dict[str, tuple[Method, ...]] = {
         Method("int8-datafree", recipe="int8-datafree"),
     ),
     "a8w4": (
+        Method("a8w4, nearest", without=CHOOSING),
+        Method("nearest + correct_bias", without=CHOOSING, behind=behind("correct_bias")),
+        Method("nearest + reconstruct_static", without=CHOOSING[1:]),
+        Method("nearest + round_adaptively", without=CHOOSING[:1]),
         Method("a8w4"),
-        Method("a8w4 + reconstruct_static", behind=behind("reconstruct_static")),
-        Method("a8w4 + round_adaptively", behind=behind("round_adaptively")),
-        Method("a8w4 + both", behind=behind("reconstruct_static", "round_adaptively")),
-        Method("a8w4 + correct_bias", behind=behind("correct_bias")),
+        Method("a8w4 + correct_bias", behind={CHOOSING[1]: ("correct_bias",)}),
     ),
     "int4-weights": (
         Method("int4-weights"),
