@@ -15,7 +15,7 @@ from onnxq.errors import DataError
 from onnxq.model import Model
 from onnxq.numerics.metrics import sqnr_db
 from onnxq.packed import remembered
-from onnxq.passes import QuantizeWeights, ReconstructWeights
+from onnxq.passes import QuantizeWeights, ReconstructCodebook, ReconstructWeights
 from onnxq.passes.grams import Layer, depths, in_rounds, observed_products
 from onnxq.passes.layouts import held_by
 from onnxq.recipes import load_recipe
@@ -273,6 +273,22 @@ def test_declines(body: str, inputs: str, why: str) -> None:
         assert not note.changed
         assert any(part in note.text for part in why.split("|")), note.text
     assert before.to_proto() == proto
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_weight_with_nan_or_infinity_stays(bad: float) -> None:
+    one = model("h = MatMul(x, m) g = Relu(h) y = MatMul(g, m2)", ROWS, OUT)
+    samples = correlated(one)
+    weight = one.nodes("MatMul")[1].inputs[1]
+    weight.values = np.where(weight.values > 0.3, np.float32(bad), weight.values)
+    options = SCHEMES["int4"]
+    for pass_ in (ReconstructWeights(samples=samples, **options), ReconstructCodebook(samples)):
+        made = one.copy()
+        notes = {note.node: note for note in pass_(made)}
+        first, second = made.nodes("MatMul")
+        assert notes[first.name].changed
+        assert notes[second.name].text == "its weight has NaN or infinite values"
+        np.testing.assert_array_equal(second.inputs[1].values, weight.values)
 
 
 def test_memory_has_a_bound() -> None:
