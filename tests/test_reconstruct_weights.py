@@ -311,7 +311,8 @@ def test_it_needs_real_samples() -> None:
     assert [(n.changed, "synthetic" in n.text) for n in notes] == [(False, True)]
 
 
-OPTIONS = [({"damping": -1.0}, "damping"), ({"sweeps": -1}, "sweeps"), ({"rounds": 0}, "rounds"),
+OPTIONS = [({"damping": -1.0}, "damping"), ({"damping": np.inf}, "not inf"),
+           ({"sweeps": -1}, "sweeps"), ({"rounds": 0}, "rounds"),
            ({"memory_mb": 0}, "memory_mb"), ({"format": "int32"}, "int32"),
            ({"layers": ("x=int3",)}, "int3")]  # fmt: skip
 
