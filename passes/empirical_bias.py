@@ -56,8 +56,8 @@ def corrected(
         return [Note(NAME, model.graph.name, text, changed=False)]
     if not any(node.op == "DequantizeLinear" for node in model.graph.nodes):
         return [Note(NAME, model.graph.name, "nothing is quantized", changed=False)]
-    if not any(tensor.dtype == np.float32 for tensor in model.graph.outputs):
-        text = "no output is float32: none tells whether corrected biases help"
+    if not _floats(model):
+        text = "no output is float: none tells whether corrected biases help"
         return [Note(NAME, model.graph.name, text, changed=False)]
     work = _Work(model, samples, progress)
     for node, exact in _pairs(model):
@@ -172,7 +172,7 @@ class _Judge:
     def __init__(self, model: Model, layers: Sequence[Layer], feeds: Sequence[Feed]) -> None:
         proto, self.keys = paired(model, layers, _shapes(model, feeds[0]), powers, outputs=True)
         self.session, self.layers, self.feeds = runtime.session(proto), layers, feeds
-        self.outputs = [t.name for t in model.graph.outputs if t.dtype == np.float32]
+        self.outputs = _floats(model)
 
     def __call__(self, found: Sequence[Means]) -> _Verdict:
         names = [name for own in self.keys for name in own]
@@ -189,6 +189,11 @@ class _Judge:
         return _Verdict(
             [(float(error), float(signal)) for error, signal in powers], float(np.mean(distances))
         )
+
+
+def _floats(model: Model) -> list[str]:
+    """Outputs whose errors can be measured."""
+    return [t.name for t in model.graph.outputs if t.dtype in (np.float16, np.float32, np.float64)]
 
 
 def _run(

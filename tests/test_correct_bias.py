@@ -222,7 +222,7 @@ def test_without_float_results_nothing_tells_whether_it_helps() -> None:
     )
     before, after, notes = run(proto)
     assert [n.text for n in notes] == [
-        "no output is float32: none tells whether corrected biases help"
+        "no output is float: none tells whether corrected biases help"
     ]
     assert before.to_proto() == after.to_proto()
 
@@ -236,3 +236,13 @@ def test_an_output_that_is_infinite_elsewhere_leaves_the_others_a_say() -> None:
     _, _, notes = run(proto)
     assert notes[-1].changed
     assert "inf" not in notes[-1].text
+
+
+def test_outputs_of_16_bits_are_judged() -> None:
+    proto = built(DEEP.format(bias=", b1", bias_t=", bt") + " h = Cast<to = 10>(y)")
+    proto.graph.output[0].CopyFrom(
+        onnx.helper.make_tensor_value_info("h", onnx.TensorProto.FLOAT16, [None] * 4)
+    )
+    before, after, notes = run(proto)
+    assert notes[-1].changed
+    assert distance(proto, after) > distance(proto, before) + 1
