@@ -79,8 +79,8 @@ def build(name: str, entry: Any, options: Mapping[str, Any], context: Mapping[st
 
 
 def require_range(option: str, value: float, least: float, most: float = math.inf) -> None:
-    """Raise ValueError for a number that an option cannot be."""
-    if not least <= value <= most:
+    """Raise ValueError for a number that an option cannot be: never infinity."""
+    if not least <= value <= most or value == math.inf:
         allowed = f"at least {least:g}" if most == math.inf else f"from {least:g} to {most:g}"
         raise ValueError(f"{option} is {allowed}, not {value!r}")
 

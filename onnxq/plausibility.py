@@ -211,7 +211,7 @@ def _response(
     responses = np.concatenate([_patches(a, head, values.shape[2:]) @ flat.T for a in arrays[:4]])
     if not len(responses):
         return None
-    deviation = responses.std(0)
+    deviation = responses.std(0, dtype=np.float64)
     learned = _learned(head.layer)
     if learned is not None:
         live = learned > 1e-3 * learned.max()

@@ -289,10 +289,15 @@ class GramTally:
         vectors = np.concatenate(self.waiting, 1)
         if self.sums is None:
             self.sums = np.zeros((len(vectors), *vectors.shape[2:] * 2))
-        if len(vectors) == 1:  # numpy knows x^T x, of which BLAS computes one half
-            self.sums[0] += vectors[0].T @ vectors[0]
+        with np.errstate(over="ignore", invalid="ignore"):
+            if len(vectors) == 1:  # numpy knows x^T x, of which BLAS computes one half
+                made = (vectors[0].T @ vectors[0])[None]
+            else:
+                made = vectors.swapaxes(1, 2) @ vectors
+        if np.isfinite(made).all():
+            self.sums += made
         else:
-            self.sums += vectors.swapaxes(1, 2) @ vectors
+            self.has_nonfinite = True  # their products are, in float32
         self.waiting, self.size = [], 0
 
 

@@ -40,6 +40,7 @@ FITTED, JUDGING = 24, 10  # samples at most, spread over those there are
 HELD_OUT = 4  # a part in so many of the samples judges
 PASSING = 0.02  # the least share of a channel's results that a clamp lets through, to correct it
 GAIN_DB = 0.5  # of the model's results, for less biases stay as they were
+LIMIT_DB = 200.0  # either way, of an output: one without errors or signal leaves the others a say
 
 
 def corrected(
@@ -55,6 +56,9 @@ def corrected(
         return [Note(NAME, model.graph.name, text, changed=False)]
     if not any(node.op == "DequantizeLinear" for node in model.graph.nodes):
         return [Note(NAME, model.graph.name, "nothing is quantized", changed=False)]
+    if not _floats(model):
+        text = "no output is float: none tells whether corrected biases help"
+        return [Note(NAME, model.graph.name, text, changed=False)]
     work = _Work(model, samples, progress)
     for node, exact in _pairs(model):
         try:
@@ -168,7 +172,7 @@ class _Judge:
     def __init__(self, model: Model, layers: Sequence[Layer], feeds: Sequence[Feed]) -> None:
         proto, self.keys = paired(model, layers, _shapes(model, feeds[0]), powers, outputs=True)
         self.session, self.layers, self.feeds = runtime.session(proto), layers, feeds
-        self.outputs = [t.name for t in model.graph.outputs if t.dtype == np.float32]
+        self.outputs = _floats(model)
 
     def __call__(self, found: Sequence[Means]) -> _Verdict:
         names = [name for own in self.keys for name in own]
@@ -181,11 +185,15 @@ class _Judge:
             for name in self.outputs:
                 new = ErrorSums.of(values[EXACT + name], values[name])
                 sums[name] = sums[name].merge(new)
-        distances = [min(s.sqnr_db, 200.0) for s in sums.values()]
+        distances = [np.clip(s.sqnr_db, -LIMIT_DB, LIMIT_DB) for s in sums.values()]
         return _Verdict(
-            [(float(error), float(signal)) for error, signal in powers],
-            float(np.mean(distances)) if distances else -np.inf,
+            [(float(error), float(signal)) for error, signal in powers], float(np.mean(distances))
         )
+
+
+def _floats(model: Model) -> list[str]:
+    """Outputs whose errors can be measured."""
+    return [t.name for t in model.graph.outputs if t.dtype in (np.float16, np.float32, np.float64)]
 
 
 def _run(

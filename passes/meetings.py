@@ -24,6 +24,7 @@ from onnxq.passes.grams import Layer
 from onnxq.sampling import divided
 
 Values = NDArray[np.float32]
+LARGEST = 1e15  # 10^8 squares of less add up in float32
 EACH, LEAST = 32, 1024  # places: for each value of a row, and at least
 
 
@@ -40,8 +41,9 @@ class Met:
 
     @property
     def is_finite(self) -> bool:
-        """Whether there are no NaN or infinities."""
-        return bool(np.isfinite(self.exact).all() and np.isfinite(self.rounded).all())
+        """Whether there are no NaN or infinities, and none in sums of squares."""
+        ends = (np.abs(v).max(initial=0) for v in (self.exact, self.rounded))
+        return bool(all(end < LARGEST for end in ends))
 
     def part(self, *, judging: bool) -> tuple[Values, Values]:
         """The places for fitting, or those that judge: exact and rounded."""

@@ -175,7 +175,7 @@ class _Task:
     def solve(self, met: Met) -> Note:
         """Replace the integers where results get closer."""
         if not met.is_finite:
-            raise Skip("its inputs have NaN or infinite values")
+            raise Skip("its inputs have NaN or infinite values, or too large ones")
         held, layer = self.layer.held, self.layer
         start = self._start()
         weight = self._blocks(self.weight)

@@ -22,6 +22,7 @@ from onnxq.packed import Grid, Recovered
 from onnxq.passes.grams import Layer, Seen, db
 from onnxq.passes.layouts import Held
 from onnxq.passes.observing import Observing
+from onnxq.passes.streamed import NOT_FINITE
 from onnxq.passes.weight_storage import Found, shared_by
 from onnxq.schemes import Method, QParams, QuantScheme, quantize_weight
 from onnxq.weights import Stored, Values, Weight
@@ -104,6 +105,8 @@ class WeightTask:
         """Put the numbers in its place where they are better than the nearest ones."""
         scheme = self.scheme
         rows = np.asarray(self.weight.held.rows(self.weight.tensor.values), np.float32)
+        if not np.isfinite(rows).all():
+            raise Skip(NOT_FINITE)
         near = self.solver.nearest(rows, scheme, seen.fitted)
         found = self.solver.solved(rows, scheme, seen.trusted, near)
         before, after = (

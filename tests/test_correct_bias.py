@@ -213,3 +213,36 @@ def test_where_nothing_was_quantized_nothing_is_corrected() -> None:
     (note,) = CorrectBias(ANY, samples=samples)(model)
     assert note.text == "nothing is quantized"
     assert not note.changed
+
+
+def test_without_float_results_nothing_tells_whether_it_helps() -> None:
+    proto = built(DEEP.format(bias=", b1", bias_t=", bt") + " i = ArgMax<axis = 1>(y)")
+    proto.graph.output[0].CopyFrom(
+        onnx.helper.make_tensor_value_info("i", onnx.TensorProto.INT64, None)
+    )
+    before, after, notes = run(proto)
+    assert [n.text for n in notes] == [
+        "no output is float: none tells whether corrected biases help"
+    ]
+    assert before.to_proto() == after.to_proto()
+
+
+def test_an_output_that_is_infinite_elsewhere_leaves_the_others_a_say() -> None:
+    """Its distance is -inf dB, before and after: that is no gain, and hides none."""
+    proto = built(DEEP.format(bias=", b1", bias_t=", bt") + " u = Relu(y) v = Log(u)")
+    proto.graph.output.append(
+        onnx.helper.make_tensor_value_info("v", onnx.TensorProto.FLOAT, [None] * 4)
+    )
+    _, _, notes = run(proto)
+    assert notes[-1].changed
+    assert "inf" not in notes[-1].text
+
+
+def test_outputs_of_16_bits_are_judged() -> None:
+    proto = built(DEEP.format(bias=", b1", bias_t=", bt") + " h = Cast<to = 10>(y)")
+    proto.graph.output[0].CopyFrom(
+        onnx.helper.make_tensor_value_info("h", onnx.TensorProto.FLOAT16, [None] * 4)
+    )
+    before, after, notes = run(proto)
+    assert notes[-1].changed
+    assert distance(proto, after) > distance(proto, before) + 1

@@ -157,6 +157,32 @@ def test_what_is_not_finite_is_flagged() -> None:
     assert not seen.sums.any()
 
 
+def test_products_beyond_float32_are_flagged() -> None:
+    """Without a warning, which would be an error here."""
+    x = np.full((4, 2), 1e25, np.float32)
+    for lay in (Vectors(-1), Vectors(-1, blocks=0)):
+        seen = Products("x", lay).of(x[None], 0)
+        assert seen.has_nonfinite
+        assert not seen.sums.any()
+
+
+@pytest.mark.parametrize("name", ["matmul", "conv", "groups", "upper", "transposed", "volume"])
+def test_a_sample_without_values_adds_nothing(name: str) -> None:
+    _, _, feeds, _, lay = made(name)
+    x = feeds[0]["x"]
+    full, none = (Products("x", lay).of(v, 0) for v in (x, x[:0]))
+    assert none.sums.shape == full.sums.shape
+    assert not none.sums.any()
+    assert not none.has_nonfinite
+
+
+def test_states_of_no_samples_add_nothing() -> None:
+    seen = Products("x", Vectors(-1, blocks=1)).of(np.zeros((0, 2, 3, 4), np.float32), 0)
+    assert seen.sums.shape == (2, 4, 4)
+    seen = Products("x", Vectors(-1, blocks=0)).of(np.zeros((2, 0, 3, 4), np.float32), 0)
+    assert seen.sums.shape == (2, 4, 4)
+
+
 def test_bodies_have_none() -> None:
     proto = parser.parse_model(
         '<ir_version: 8, opset_import: ["": 17]> g (float[2] x, bool c) => (float[2] y) { '

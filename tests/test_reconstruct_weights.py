@@ -15,7 +15,7 @@ from onnxq.errors import DataError
 from onnxq.model import Model
 from onnxq.numerics.metrics import sqnr_db
 from onnxq.packed import remembered
-from onnxq.passes import QuantizeWeights, ReconstructWeights
+from onnxq.passes import QuantizeWeights, ReconstructCodebook, ReconstructWeights
 from onnxq.passes.grams import Layer, depths, in_rounds, observed_products
 from onnxq.passes.layouts import held_by
 from onnxq.recipes import load_recipe
@@ -275,6 +275,22 @@ def test_declines(body: str, inputs: str, why: str) -> None:
     assert before.to_proto() == proto
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_weight_with_nan_or_infinity_stays(bad: float) -> None:
+    one = model("h = MatMul(x, m) g = Relu(h) y = MatMul(g, m2)", ROWS, OUT)
+    samples = correlated(one)
+    weight = one.nodes("MatMul")[1].inputs[1]
+    weight.values = np.where(weight.values > 0.3, np.float32(bad), weight.values)
+    options = SCHEMES["int4"]
+    for pass_ in (ReconstructWeights(samples=samples, **options), ReconstructCodebook(samples)):
+        made = one.copy()
+        notes = {note.node: note for note in pass_(made)}
+        first, second = made.nodes("MatMul")
+        assert notes[first.name].changed
+        assert notes[second.name].text == "its weight has NaN or infinite values"
+        np.testing.assert_array_equal(second.inputs[1].values, weight.values)
+
+
 def test_memory_has_a_bound() -> None:
     value = np.random.default_rng(0).normal(size=(4, 300)).astype(np.float32)
     proto = parser.parse_model(
@@ -295,7 +311,8 @@ def test_it_needs_real_samples() -> None:
     assert [(n.changed, "synthetic" in n.text) for n in notes] == [(False, True)]
 
 
-OPTIONS = [({"damping": -1.0}, "damping"), ({"sweeps": -1}, "sweeps"), ({"rounds": 0}, "rounds"),
+OPTIONS = [({"damping": -1.0}, "damping"), ({"damping": np.inf}, "not inf"),
+           ({"sweeps": -1}, "sweeps"), ({"rounds": 0}, "rounds"),
            ({"memory_mb": 0}, "memory_mb"), ({"format": "int32"}, "int32"),
            ({"layers": ("x=int3",)}, "int3")]  # fmt: skip
 

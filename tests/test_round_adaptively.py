@@ -328,6 +328,15 @@ def test_inputs_that_are_not_finite_are_told() -> None:
     assert "NaN or infinite" in note.text
 
 
+def test_inputs_whose_squares_are_not_finite_are_told() -> None:
+    before = model("MatMul")
+    rows = np.random.default_rng(0).normal(0, 1e25, (8, 20, 32)).astype(np.float32)
+    samples = open_samples([{"x": v} for v in rows], before)
+    _, after, _ = quantized("MatMul", samples=samples)
+    (note,) = RoundAdaptively(samples)(after)
+    assert "too large" in note.text
+
+
 def test_samples_are_needed_and_must_be_real() -> None:
     before, after, samples = quantized("MatMul")
     with pytest.raises(DataError, match="give --data"):

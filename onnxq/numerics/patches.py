@@ -44,7 +44,7 @@ class Vectors:
             rows = (moved[kept] if fits else moved).reshape(1, -1, moved.shape[-1])
         else:
             rows = np.moveaxis(moved, self.blocks, 0)
-            rows = rows.reshape(len(rows), -1, rows.shape[-1])
+            rows = rows.reshape(len(rows), prod(rows.shape[1:-1]), rows.shape[-1])
         count = rows.shape[1]
         step = spacing(count, limit, x.shape[-1])
         taken = rows[:, offset % step :: step]
@@ -83,7 +83,8 @@ class Patches:
         rows = view[(at[0], slice(None), *at[1:])]  # [rows, channels, *kernel]
         if self.transposed:
             rows = np.flip(rows, tuple(range(2, 2 + rank)))
-        rows = rows.reshape(len(rows), self.groups, -1).swapaxes(0, 1)
+        length = prod(rows.shape[1:]) // self.groups
+        rows = rows.reshape(len(rows), self.groups, length).swapaxes(0, 1)
         return np.ascontiguousarray(rows, np.float32), count / max(rows.shape[1], 1)
 
     def assembled(self, sums: NDArray[np.float64]) -> NDArray[np.float64]:
