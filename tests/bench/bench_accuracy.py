@@ -35,7 +35,7 @@ STATIC, STORED = "quantize_static", "quantize_weights"
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """What is changed of a recipe: passes in front of and behind another one or not, and options."""
+    """What is changed of a recipe: passes in front of and behind another, or left out; options."""
 
     name: str
     before: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
