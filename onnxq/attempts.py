@@ -76,6 +76,7 @@ def attempt(recipe: Recipe, model: Model, notes: Sequence[Note], setting: Settin
     notes: of all passes that ran. Raises BudgetError if nothing was quantized, if the target cannot
     compute what is left in floats, and if outputs are not finite.
     """
+    model.unquantized.clear()  # no pass comes any more: weights that are not needed
     warnings: list[str] = []
     if recipe.is_quantizing:
         if not setting.allow_unchanged:

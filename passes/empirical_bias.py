@@ -34,10 +34,10 @@ from onnxq.numerics.metrics import ErrorSums
 from onnxq.passes.biases import Home, home_of
 from onnxq.passes.linear import LINEAR
 from onnxq.passes.paired import EXACT, Layer, Means, correction, paired, powers, slopes
+from onnxq.sampling import divided
 
 NAME = "correct_bias"
 FITTED, JUDGING = 24, 10  # samples at most, spread over those there are
-HELD_OUT = 4  # a part in so many of the samples judges
 PASSING = 0.02  # the least share of a channel's results that a clamp lets through, to correct it
 GAIN_DB = 0.5  # of the model's results, for less biases stay as they were
 LIMIT_DB = 200.0  # either way, of an output: one without errors or signal leaves the others a say
@@ -116,9 +116,7 @@ class _Work:
 
     def run(self) -> None:
         """Fit, judge, edit."""
-        first = len(self.samples) - len(self.samples) // HELD_OUT
-        fitted, judging = self.samples.take(first), self.samples.skip(first)
-        judging = judging if len(judging) else fitted
+        fitted, judging = divided(self.samples)
         found = self._fitted(list(_spread(fitted, FITTED)))
         judge = _Judge(self.model, self.layers, list(_spread(judging, JUDGING)))
         none = [np.zeros_like(c) for c in found]

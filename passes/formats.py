@@ -22,8 +22,10 @@ from onnxq.passes.ops import OPS
 from onnxq.schemes import FORMATS, PerChannel, PerGroup, PerTensor, QuantScheme
 from onnxq.targets import Target
 
+Activations = Literal["auto", "a8", "a16", "int8", "uint8", "int16", "uint16"]
 Weights = Literal["auto", "int8", "uint8", "int16", "int4", "uint4", "int2"]
 Granularity = Literal["auto", "tensor", "channel", "group"]
+Range = Literal["minmax", "percentile", "entropy", "mse", "careful", "output"]
 WIDTHS = {"a8": 8, "a16": 16}
 WIDE_SINCE = 21  # QuantizeLinear and DequantizeLinear of 16 and of 4 bits
 

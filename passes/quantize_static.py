@@ -29,7 +29,9 @@ from onnxq.options import require_range
 from onnxq.passes.data_free import expected, unknown
 from onnxq.passes.float_layers import spread_scales
 from onnxq.passes.formats import (
+    Activations,
     Granularity,
+    Range,
     Weights,
     formats_of,
     opset_needed,
@@ -51,10 +53,8 @@ from onnxq.schemes import QuantScheme
 from onnxq.statistics import Histogram
 from onnxq.targets import Target
 
-Activations = Literal["auto", "a8", "a16", "int8", "uint8", "int16", "uint16"]
 Bias = Literal["auto", "int32", "float"]
 RangesFrom = Literal["samples", "batchnorm"]
-Range = Literal["minmax", "percentile", "entropy", "mse", "careful", "output"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +175,8 @@ class QuantizeStatic:
             placement = chosen(floats, apart=apart)
         mixing = range_mixing_notes(placement, statistics, target, apart)
         ranges, searched = self._ranges(model, placement, statistics, formats.weights)
-        model.unquantized[:] = [model.copy()]
+        model.unquantized.clear()  # or the copy would keep what was there before
+        model.unquantized.append(model.copy())
         notes = Editor(
             model, target, placement, ranges, formats.weights,
             weight_range=self.weight_range,

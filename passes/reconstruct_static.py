@@ -45,13 +45,13 @@ class ReconstructStatic:
     Each layer is judged by the squared error of its results on the last quarter of the samples:
     where reconstruction does not lower it, the integers stay.
 
-    bits: weights of more are left alone. damping, sweeps, rounds, memory_mb: as in
+    most_bits: weights of more are left alone. damping, sweeps, rounds, memory_mb: as in
     reconstruct_weights. target: where its sums of pairs saturate, no integer is chosen with which
     they can.
     """
 
     samples: Samples = field(repr=False)
-    bits: int = 8
+    most_bits: int = 8
     damping: float = 0.01
     sweeps: int = 3
     rounds: int = 1
@@ -60,7 +60,7 @@ class ReconstructStatic:
     progress: Callable[[int], None] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        require_range("bits", self.bits, 2, 16)
+        require_range("most_bits", self.most_bits, 2, 16)
         require_range("damping", self.damping, 0)
         require_range("sweeps", self.sweeps, 0)
         _ = self.observing
@@ -121,8 +121,8 @@ def _task(
     weight = None if old is None else values_of(old.inputs[held.index])
     if grid is None or weight is None or grid.numbers.shape != weight.shape:
         raise Skip(UNKNOWN)
-    if (bits := FORMATS[str(numbers.dtype)].bits) > options.bits:
-        raise Skip(f"weights of {bits} bits, more than {options.bits}")
+    if (bits := FORMATS[str(numbers.dtype)].bits) > options.most_bits:
+        raise Skip(f"weights of {bits} bits, more than {options.most_bits}")
     layers = options.observing.layers(model, uses)
     return _Task(options, numbers, grid, np.asarray(weight, np.float32), layers)
 

@@ -51,17 +51,17 @@ class RoundAdaptively:
     Each layer is judged by the squared error of its results on the last quarter of the samples:
     where it does not get smaller, the integers stay.
 
-    bits: weights of more are left alone. largest: as are those of more values. places: how many
-    results of each output channel are looked at. memory_mb: of what is looked at at once; layers
-    that need more are left alone. target: where its sums of pairs saturate, no integer is chosen
-    with which they can.
+    most_bits: weights of more are left alone. largest: as are those of more values. places: how
+    many results of each output channel are looked at. memory_mb: of what is looked at at once;
+    layers that need more are left alone. target: where its sums of pairs saturate, no integer is
+    chosen with which they can.
 
     The samples are run for each depth: what several layers made up for at once, not knowing of each
     other, would be made up for several times.
     """
 
     samples: Samples = field(repr=False)
-    bits: int = 8
+    most_bits: int = 8
     largest: int = 1 << 20
     places: int = 6144
     memory_mb: int = 1024
@@ -69,7 +69,7 @@ class RoundAdaptively:
     progress: Callable[[int], None] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        require_range("bits", self.bits, 2, 16)
+        require_range("most_bits", self.most_bits, 2, 16)
         for name in ("largest", "places", "memory_mb"):
             require_range(name, getattr(self, name), 1)
 
@@ -110,8 +110,8 @@ class RoundAdaptively:
         numbers, format = stands.numbers, FORMATS.get(str(np.dtype(stands.numbers.dtype)))
         if not isinstance(format, IntFormat):
             raise Skip(f"a weight of {numbers.dtype}: integers alone are rounded up or down")
-        if format.bits > self.bits:
-            raise Skip(f"a weight of {format.bits} bits: bits allows {self.bits}")
+        if format.bits > self.most_bits:
+            raise Skip(f"a weight of {format.bits} bits: most_bits allows {self.most_bits}")
         if (size := prod(held.shape)) > self.largest:
             raise Skip(f"a weight of {size} values: largest allows {self.largest}")
         if _ends(numbers) != 1:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -25,12 +24,20 @@ from onnxq.layers import Layers
 from onnxq.model import Model
 from onnxq.numerics.migration import rounding_noise, search, smoothing
 from onnxq.options import require_range
-from onnxq.passes.formats import Formats, formats_of, require_formats
+from onnxq.passes.formats import (
+    Activations,
+    Formats,
+    Granularity,
+    Range,
+    Weights,
+    formats_of,
+    require_formats,
+)
 from onnxq.passes.rescaling import Factor
 from onnxq.passes.sites import UNREAL, Array, Site, Trial, excerpts_of, find_sites, told
-from onnxq.schemes import Method as WeightMethod
+from onnxq.passes.static_rounding import WeightMethod
 from onnxq.schemes import PerTensor
-from onnxq.statistics import Histogram, Method
+from onnxq.statistics import Histogram
 from onnxq.targets import Target
 
 NAME = "smooth_activations"
@@ -45,16 +52,17 @@ class SmoothActivations:
 
     For each tensor that layers read, a is searched by the error of their results on excerpts of
     three quarters of the samples; the rest judges whether the factor stays: it has to bring 3 dB.
-    alpha: no search. insert: where nothing takes the division in, a Mul is added.
+    range: output, which is found behind it, counts as careful. alpha: no search. insert: where
+    nothing takes the division in, a Mul is added.
     """
 
     target: Target
     samples: Samples
-    activations: Literal["auto", "a8", "a16", "int8", "uint8", "int16", "uint16"] = "auto"
-    weights: Literal["auto", "int8", "uint8", "int16", "int4", "uint4", "int2"] = "auto"
-    granularity: Literal["auto", "tensor", "channel", "group"] = "auto"
+    activations: Activations = "auto"
+    weights: Weights = "auto"
+    granularity: Granularity = "auto"
     group_size: int = 32
-    range: Method = "minmax"
+    range: Range = "minmax"
     weight_range: WeightMethod = "minmax"
     alpha: float | None = None
     insert: bool = False
@@ -202,5 +210,6 @@ class _Work:
         format = self.formats.activations[id(site.layers[0])]
         scheme = replace(self.options.target.activations, format=format)
         bits, symmetric = scheme.numbers.bits, scheme.symmetric
-        params = scheme.params(*histogram.range(self.options.range, bits=bits, symmetric=symmetric))
+        method = "careful" if self.options.range == "output" else self.options.range
+        params = scheme.params(*histogram.range(method, bits=bits, symmetric=symmetric))
         return lambda x: params.dequantize(params.quantize(x))

@@ -125,7 +125,7 @@ def test_eight_bits(format: Any, least: float) -> None:
     after = plain.copy()
     ReconstructStatic(samples=samples)(after)
     assert closeness(before, after, samples) > closeness(before, plain, samples) + least
-    assert [n.text for n in ReconstructStatic(samples=samples, bits=4)(plain)] == [
+    assert [n.text for n in ReconstructStatic(samples=samples, most_bits=4)(plain)] == [
         "weights of 8 bits, more than 4"
     ]
 
@@ -239,7 +239,7 @@ def test_what_was_renamed_is_left_alone() -> None:
 
 
 OPTIONS = [({"damping": -1.0}, "damping"), ({"sweeps": -1}, "sweeps"), ({"rounds": 0}, "rounds"),
-           ({"memory_mb": 0}, "memory_mb"), ({"bits": 1}, "bits")]  # fmt: skip
+           ({"memory_mb": 0}, "memory_mb"), ({"most_bits": 1}, "most_bits")]  # fmt: skip
 
 
 @pytest.mark.parametrize(("options", "match"), OPTIONS)

@@ -253,7 +253,7 @@ def text_of(options: dict[str, Any], name: str = "Conv", weights: str = "int8") 
 @pytest.mark.parametrize(
     ("options", "why"),
     [
-        ({"bits": 4}, "a weight of 8 bits: bits allows 4"),
+        ({"most_bits": 4}, "a weight of 8 bits: most_bits allows 4"),
         ({"largest": 1000}, "a weight of 1152 values: largest allows 1000"),
         ({"memory_mb": 1}, "what it meets takes 3 MB: memory_mb allows 1"),
     ],
@@ -347,7 +347,7 @@ def test_samples_are_needed_and_must_be_real() -> None:
         RoundAdaptively(replace(samples, read=lambda a, b: iter([{}] * (b - a))))(after)
 
 
-@pytest.mark.parametrize("option", ["bits", "largest", "places", "memory_mb"])
+@pytest.mark.parametrize("option", ["most_bits", "largest", "places", "memory_mb"])
 def test_options_are_checked(option: str) -> None:
     samples = alike(model("MatMul"), 2)
     with pytest.raises(ValueError, match=option):

@@ -31,13 +31,29 @@ def options(recipe: Recipe) -> dict[str, dict[str, Any]]:
 
 def test_a_setting_goes_to_each_pass_that_has_it() -> None:
     asked = Settings(weights="int4", range="mse", activation_range="entropy", activations="a16")
-    own = options(load_recipe("int8"))["quantize_weights"]
+    own = options(load_recipe("int8"))
     assert options(configured(load_recipe("int8"), asked)) == {
         "quantize_static": {
+            **own["quantize_static"],
             "range": "entropy", "weight_range": "mse", "weights": "int4", "activations": "a16",
         },
-        "quantize_weights": {**own, "format": "int4", "range": "mse"},
+        "smooth_activations": {
+            "range": "entropy", "weight_range": "mse", "weights": "int4", "activations": "a16",
+        },
+        "reconstruct_weights": {**own["reconstruct_weights"], "format": "int4", "range": "mse"},
+        "quantize_weights": {**own["quantize_weights"], "format": "int4", "range": "mse"},
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe", ["int8", "int8-accurate", "a8w4"])
+def test_bits_are_those_of_codebooks_alone(recipe: str) -> None:
+    with pytest.raises(RecipeError, match=f"recipe {recipe} has no pass that takes --bits"):
+        configured(load_recipe(recipe), Settings(bits=4))
+
+
+def test_ranges_by_outputs_are_a_setting_of_all_that_round_activations() -> None:
+    found = configured(load_recipe("int8"), Settings(activation_range="output")).options
+    assert {found[n]["range"] for n in ("quantize_static", "smooth_activations")} == {"output"}
 
 
 def test_what_runs_before_quantization_is_told_what_comes() -> None:
@@ -108,7 +124,9 @@ def test_layers_are_overrides_or_one() -> None:
 
 def test_a_choice_is_refused_before_any_work(tmp_path: Path) -> None:
     """Where none of its recipes can be planned; the first one's reason is enough."""
-    with pytest.raises(RecipeError, match=r"^quantize_static: weights = 'w4' is not one of [^;]*$"):
+    with pytest.raises(
+        RecipeError, match=r"^smooth_activations: weights = 'w4' is not one of [^;]*$"
+    ):
         onnxq.optimize(tmp_path / "not.onnx", settings=Settings(weights="w4"))
 
 

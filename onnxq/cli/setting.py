@@ -38,8 +38,8 @@ OPTIONS = (
     ),
     click.option(
         "--activation-range",
-        type=click.Choice(["minmax", "percentile", "entropy", "mse", "careful"]),
-        help="How ranges of activations are chosen.",
+        type=click.Choice(["minmax", "percentile", "entropy", "mse", "careful", "output"]),
+        help="How ranges of activations are chosen; output: by the error of the model's outputs.",
     ),
     click.option(
         "--bias", type=click.Choice(["int32", "float"]),
