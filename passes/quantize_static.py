@@ -198,8 +198,8 @@ class QuantizeStatic:
         by = partial(activation_params, model, self.target, placement, statistics)
         if self.range != "output":
             return by(self.range), []
-        if not len(self.samples):
-            text = "ranges: careful, since there are no samples to measure the outputs on"
+        if self.samples.synthetic or not len(self.samples):
+            text = "ranges: careful, since there are no real samples to measure the outputs on"
             return by("careful"), [Note(RULE, model.graph.name, text, changed=False)]
         candidates = [by(method) for method in LADDER]
         simulation = Simulation.of(

@@ -82,6 +82,8 @@ class Division:
             raise Skip(f"{tensor.name} is an input of the graph")
         if node.op != "Split" and node.outputs[0] is not tensor:
             raise Skip(f"{tensor.name} is a further output of {node.op} {node.name}")
+        if tensor.name in self.model.ranges:
+            raise Skip(f"{tensor.name} has a range from before")
         if tensor.shape is None or len(tensor.shape) != factor.ndim:
             raise Skip(f"the rank of {tensor.name} is not known")
         domain = node.domain or ""
