@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 from onnxq.calibration import load_calibration, save_calibration
-from onnxq.core import Note
+from onnxq.core import Note, Pass
 from onnxq.data import ImageOptions, Spec
 from onnxq.demands import why_not
 from onnxq.errors import BudgetError, RecipeError
@@ -16,6 +16,7 @@ from onnxq.files import check_writable
 from onnxq.job import Job, Progress
 from onnxq.leftovers import temporary_folder
 from onnxq.loading import ModelLike, PathLike, load, name_of
+from onnxq.passes.quantize_static import QuantizeStatic
 from onnxq.plausibility import doubts
 from onnxq.preconditions import blames_the_model, require_outputs
 from onnxq.recipes import load_recipe, plan, wants
@@ -104,7 +105,7 @@ def calibrate(
         )
         notes: list[Note] = []
         for pass_ in pipeline.passes:  # what comes before decides what there is to observe
-            notes += job.run(pass_, edited)
+            notes += job.run(_observing(pass_), edited)
             if file.exists():
                 break
         else:
@@ -121,6 +122,13 @@ def calibrate(
         warnings=tuple(job.warnings),
         seconds=job.seconds,
     )
+
+
+def _observing(pass_: Pass) -> Pass:
+    """The pass without a search for ranges, which is no part of what is kept."""
+    if isinstance(pass_, QuantizeStatic) and pass_.range == "output":
+        return replace(pass_, range="careful")
+    return pass_
 
 
 def _ranges(statistics: Mapping[str, Statistic]) -> dict[str, tuple[float, float]]:

@@ -23,7 +23,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from onnxq.layers import is_lookup
-from onnxq.model import Model, producer, values_of
+from onnxq.model import Model, producer, readers, values_of
 from onnxq.numerics.affine import quantize
 from onnxq.packed import Grid
 from onnxq.passes.integer_weights import INTEGER_WEIGHTS, Beside
@@ -59,6 +59,15 @@ def stands_for(tensor: gs.Tensor) -> Stands | None:
     """What a tensor is computed from, if from stored integers alone; None for all else."""
     found = _follow(tensor)
     return found if found is not None and found.is_scaled else None
+
+
+def uses_of(numbers: gs.Tensor) -> int:
+    """How many nodes read stored integers, through what dequantizes them."""
+    count = 0
+    for node, _ in readers(numbers):
+        within = node.op in ("Cast", "Sub", "Mul", "DequantizeLinear")
+        count += uses_of(node.outputs[0]) if within else 1
+    return count
 
 
 def weights_of(node: gs.Node) -> Iterator[tuple[int, Stands]]:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from onnxq.core import Note, Skip
 from onnxq.data import Samples
-from onnxq.model import Model, readers, values_of
+from onnxq.model import Model, values_of
 from onnxq.numerics import grids
 from onnxq.numerics.reconstruction import rounded_again, squared_error
 from onnxq.numerics.saturation import saturates
@@ -30,7 +30,7 @@ from onnxq.passes.grams import Layer, Seen, db
 from onnxq.passes.layouts import Held, held_by
 from onnxq.passes.observing import Observing
 from onnxq.passes.ops import OPS, kernel_rows, paired_rows
-from onnxq.passes.packed_weights import stands_for
+from onnxq.passes.packed_weights import stands_for, uses_of
 from onnxq.schemes import FORMATS
 from onnxq.targets import Target
 
@@ -114,7 +114,7 @@ def _task(
     stands = stands_for(node.inputs[held.index])
     assert stands is not None
     numbers = stands.numbers
-    if len({h.key for _, h in uses}) > 1 or _ends(numbers) != len(uses):
+    if len({h.key for _, h in uses}) > 1 or uses_of(numbers) != len(uses):
         raise Skip("its weight has other readers, which use it in another way")
     grid = stands.read() if stands.read is not None else None
     old = before.get(node.name)
@@ -184,12 +184,3 @@ def _limits(numbers: gs.Constant, grid: Grid) -> grids.Grid:
     if grid.zero is None:
         lowest = max(lowest, -greatest)
     return grids.Grid(grid.numbers.dtype, lowest, greatest, symmetric=False)
-
-
-def _ends(tensor: gs.Tensor) -> int:
-    """How many layers read it, through Cast and what dequantizes."""
-    count = 0
-    for node, _ in readers(tensor):
-        within = node.op in ("Cast", "Sub", "Mul", "DequantizeLinear")
-        count += _ends(node.outputs[0]) if within else 1
-    return count

@@ -33,7 +33,7 @@ from onnxq.passes.layouts import Held, held_by
 from onnxq.passes.linear import LINEAR
 from onnxq.passes.meetings import Met, blocks_of, meetings, rows_of, wanted_places
 from onnxq.passes.ops import clamp_bounds, paired_rows
-from onnxq.passes.packed_weights import stands_for
+from onnxq.passes.packed_weights import stands_for, uses_of
 from onnxq.schemes import FORMATS, IntFormat
 from onnxq.targets import Target
 
@@ -114,7 +114,7 @@ class RoundAdaptively:
             raise Skip(f"a weight of {format.bits} bits: most_bits allows {self.most_bits}")
         if (size := prod(held.shape)) > self.largest:
             raise Skip(f"a weight of {size} values: largest allows {self.largest}")
-        if _ends(numbers) != 1:
+        if uses_of(numbers) != 1:
             raise Skip(SHARED)
         old = before.get(node.name)
         weight = None if old is None else values_of(old.inputs[held.index])
@@ -259,12 +259,3 @@ def _bias(node: gs.Node, shape: tuple[int, ...]) -> Values | None:
     if values is None or values.size not in (1, none.size):
         return None
     return none + np.asarray(values, np.float32).reshape(-1 if values.size == 1 else none.shape)
-
-
-def _ends(tensor: gs.Tensor) -> int:
-    """How many layers read it, through what dequantizes it."""
-    count = 0
-    for node, _ in readers(tensor):
-        within = node.op in ("Cast", "Sub", "Mul", "DequantizeLinear")
-        count += _ends(node.outputs[0]) if within else 1
-    return count
