@@ -198,6 +198,8 @@ class QuantizeStatic:
         by = partial(activation_params, model, self.target, placement, statistics)
         if self.range != "output":
             return by(self.range), []
+        if not placement.nodes:
+            return {}, []
         if self.samples.synthetic or not len(self.samples):
             text = "ranges: careful, since there are no real samples to measure the outputs on"
             return by("careful"), [Note(RULE, model.graph.name, text, changed=False)]

@@ -204,7 +204,7 @@ def test_without_samples_ranges_are_careful() -> None:
     kept = {n: activations(s) for n, s in statistics.items()}
     before.ranges.update(kept)
     _, note = quantized(before, samples(before).take(0))
-    assert note.text == "ranges: careful, since there are no samples to measure the outputs on"
+    assert note.text == "ranges: careful, since there are no real samples to measure the outputs on"
     assert not note.changed
 
 
