@@ -119,6 +119,24 @@ def test_large_values_that_do_not_matter_are_clipped() -> None:
     assert fidelity(before, after) > fidelity(before, quantized(before, range="mse")[0]) + 1
 
 
+def test_tensors_of_one_scale_move_together() -> None:
+    """A MaxPool's input and result are one group: kernels want one scale for both."""
+    before = model(end="p = MaxPool <kernel_shape = [1, 1]> (h)\n" + PLAIN)
+    pooled = next(n for n in before.graph.nodes if n.op == "MaxPool")
+    reader = next(n for n in before.graph.nodes if n.inputs[0].name == "h" and n.op == "Conv")
+    reader.inputs[0] = pooled.outputs[0]
+    before.graph.toposort()
+    after, note = quantized(before)
+    assert note.changed
+    made = next(n for n in after.graph.nodes if n.op == "MaxPool")
+    (dequantize,), (quantize,) = made.inputs[0].inputs, made.outputs[0].outputs
+    careful = next(
+        n for n in quantized(before, range="careful")[0].graph.nodes if n.op == "MaxPool"
+    )
+    scales = [n.inputs[1].values for n in (dequantize, quantize, careful.inputs[0].inputs[0])]
+    assert scales[0] == scales[1] != scales[2]
+
+
 def test_without_passes_to_spare_ranges_are_careful() -> None:
     before = model()
     after, note = quantized(before, range_passes=1)
