@@ -16,6 +16,7 @@ from onnxq.files import check_writable
 from onnxq.job import Job, Progress
 from onnxq.leftovers import temporary_folder
 from onnxq.loading import ModelLike, PathLike, load, name_of
+from onnxq.passes.placement import RULE
 from onnxq.passes.quantize_static import QuantizeStatic
 from onnxq.plausibility import doubts
 from onnxq.preconditions import blames_the_model, require_outputs
@@ -104,7 +105,9 @@ def calibrate(
             chosen, aim, fitting, calibration=file, progress=job.sample_progress(len(fitting))
         )
         notes: list[Note] = []
-        for pass_ in pipeline.passes:  # what comes before decides what there is to observe
+        names = [pass_.name for pass_ in pipeline.passes]
+        end = names.index(RULE) + 1 if RULE in names else len(names)  # what follows sees nothing
+        for pass_ in pipeline.passes[:end]:  # what comes before decides what there is to observe
             notes += job.run(_observing(pass_), edited)
             if file.exists():
                 break
