@@ -26,6 +26,7 @@ from onnxq.files import atomic_write
 from onnxq.instrument import Plan, Wanted, instrument, stride
 from onnxq.model import Model
 from onnxq.numerics import histograms
+from onnxq.numerics.sequences import weyl
 from onnxq.statistics import GramTally, Histogram, MinMax, Statistic, SumOfSquares
 
 Feed = Mapping[str, NDArray[Any]]
@@ -139,7 +140,7 @@ class Watch:
         """Run one sample and add what is observed."""
         check_feed(feed, index, self.plan.inputs)
         inputs = {name: np.asarray(feed[name]) for name in self.plan.inputs}
-        offset = index * 2654435769 % (1 << 31)  # Weyl sequence: 2^32 / golden ratio (Knuth 6.4)
+        offset = weyl(index)
         if self.plan.phase:
             inputs[self.plan.phase] = np.array([offset], np.int64)
         values = dict(
@@ -177,10 +178,8 @@ class Watch:
     def _run(self, session: Any, names: list[str], inputs: dict[str, Any], index: int) -> list[Any]:
         if not names:
             return []
-        try:
+        with runtime.blames_sample(index):
             return list(session.run(names, inputs))
-        except Exception as e:  # onnxruntime's exceptions have no base class of their own
-            raise DataError(f"sample {index} does not run: {str(e).splitlines()[0]}") from e
 
     def statistics(self) -> dict[str, Statistic]:
         """Return what was observed so far."""

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from onnxq import runtime
 from onnxq.calibration import check_feed
 from onnxq.data import Samples
-from onnxq.errors import DataError
 from onnxq.model import Model
+from onnxq.numerics.sequences import weyl
 
 VALUES = 1 << 17  # of one tensor's excerpt, about
 ROWS = 192  # of one tensor's excerpt
@@ -119,10 +119,8 @@ def _fetched(
 ) -> Iterator[tuple[str, NDArray[Any]]]:
     """A sample's tensors, in as many runs as it takes; sizes: learnt on the way."""
     for group in _groups(names, sizes):
-        try:
+        with runtime.blames_sample(index):
             values = session.run(group, feed)
-        except Exception as e:  # onnxruntime's exceptions have no base class of their own
-            raise DataError(f"sample {index} does not run: {str(e).splitlines()[0]}") from e
         for name, whole in zip(group, values, strict=True):
             sizes[name] = max(sizes.get(name, 0), whole.size)
             yield name, whole
@@ -144,7 +142,7 @@ def _groups(names: Sequence[str], sizes: Mapping[str, int]) -> Iterator[list[str
 
 def _part(whole: NDArray[Any], axis: int, index: int, count: int) -> Array:
     """One sample's share of the excerpt, at another place for each sample (a Weyl sequence)."""
-    offset = index * 2654435769 % (1 << 31)  # 2^32 / golden ratio (Knuth 6.4)
+    offset = weyl(index)
     if axis % whole.ndim == whole.ndim - 1:
         rows = whole.reshape(-1, whole.shape[-1])
         wanted = max(1, min(ROWS, VALUES // max(rows.shape[1], 1)) // count)

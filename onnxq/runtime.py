@@ -8,7 +8,8 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +18,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from onnxq.errors import ModelError, RefusedError
+from onnxq.errors import DataError, ModelError, RefusedError
 from onnxq.leftovers import temporary_folder
 from onnxq.model import Model
 from onnxq.ports import ports_in
@@ -199,6 +200,16 @@ class Client:
             self._ports[name].dequantize(values) if name in self._ports else values
             for name, values in zip(self.names, outputs, strict=True)
         ]
+
+
+@contextmanager
+def blames_sample(index: int | None = None) -> Iterator[None]:
+    """Raise DataError, one line, where onnxruntime does not run a sample; None: any."""
+    try:
+        yield
+    except Exception as e:  # onnxruntime's exceptions share no base but Exception
+        which = "a sample" if index is None else f"sample {index}"
+        raise DataError(f"{which} does not run: {one_line(e)}") from e
 
 
 def one_line(error: BaseException) -> str:

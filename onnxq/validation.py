@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from onnxq import runtime
 from onnxq.data import Feed, Samples
 from onnxq.emulation import Emulator
-from onnxq.errors import DataError, ModelError
+from onnxq.errors import ModelError
 from onnxq.model import Model
 from onnxq.numerics.metrics import ErrorSums
 
@@ -136,10 +136,8 @@ def compare(
 
 
 def _run(client: runtime.Client | Emulator, feed: Feed, index: int) -> list[Any]:
-    try:
+    with runtime.blames_sample(index):
         return client.run(feed)
-    except Exception as e:  # onnxruntime's exceptions share no base but Exception
-        raise DataError(f"sample {index} does not run: {runtime.one_line(e)}") from e
 
 
 def _count_hits(hits: list[int], a: Any, b: Any, samples: Samples, index: int) -> None:

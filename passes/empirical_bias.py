@@ -28,10 +28,10 @@ from numpy.typing import NDArray
 from onnxq import runtime
 from onnxq.core import Note, Skip
 from onnxq.data import Feed, Samples
-from onnxq.errors import DataError
 from onnxq.model import Model
 from onnxq.numerics.metrics import ErrorSums
 from onnxq.passes.biases import Home, home_of
+from onnxq.passes.grams import db
 from onnxq.passes.linear import LINEAR
 from onnxq.passes.paired import EXACT, Layer, Means, correction, paired, powers, slopes
 from onnxq.sampling import divided
@@ -95,7 +95,7 @@ class _Verdict:
     def of(self, index: int) -> str:
         """A layer's distance in dB."""
         error, signal = self.layers[index]
-        return f"{10 * np.log10(signal / error):.1f} dB" if error and signal else "no error"
+        return db(signal, error)
 
 
 class _Work:
@@ -203,10 +203,8 @@ def _run(
     index: int,
 ) -> Mapping[str, NDArray[Any]]:
     given = {correction(i): layer.shaped(found[i]) for i, layer in enumerate(layers)}
-    try:
+    with runtime.blames_sample(index):
         results = session.run(list(names), runtime.fitted(session, {**feed, **given}))
-    except Exception as e:  # onnxruntime's exceptions share no base but Exception
-        raise DataError(f"sample {index} does not run: {runtime.one_line(e)}") from e
     return dict(zip(names, results, strict=True))
 
 

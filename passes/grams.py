@@ -187,7 +187,7 @@ def observed_products(
         limit = -(-max(LEAST, VECTORS * layer.held.length) // first)
         own = [
             Products(layer.tensor.name, layer.lay, limit, start, stop)
-            for start, stop in ((0, first), (judge, None))
+            for start, stop in ((0, first if judge else None), (judge, None))
         ]
         keys = [f"{layer.tensor.name} {wish}" for wish in own]
         wanted.update(zip(keys, own, strict=True))

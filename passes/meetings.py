@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from onnxq import runtime
 from onnxq.calibration import check_feed
 from onnxq.data import Samples
-from onnxq.errors import DataError
 from onnxq.model import Model
 from onnxq.numerics.patches import Patches
+from onnxq.numerics.sequences import weyl
 from onnxq.passes.grams import Layer
 from onnxq.sampling import divided
 
@@ -100,12 +100,10 @@ def _vectors(
     found: list[list[Values]] = [[] for _ in layers]
     for index, feed in enumerate(samples):
         check_feed(feed, index, wanted)
-        try:
+        with runtime.blames_sample(index):
             made = session.run(fetched, {n: np.asarray(feed[n]) for n in wanted}) if fetched else []
-        except Exception as e:  # onnxruntime's exceptions have no base class of their own
-            raise DataError(f"sample {index} does not run: {runtime.one_line(e)}") from e
         values: Mapping[str, Any] = {**feed, **dict(zip(fetched, made, strict=True))}
-        offset = index * 2654435769 % (1 << 31)  # Weyl sequence: 2^32 / golden ratio (Knuth 6.4)
+        offset = weyl(index)
         for layer, limit, parts in zip(layers, limits, found, strict=True):
             taken, _ = layer.lay.of(np.asarray(values[layer.tensor.name]), limit, offset)
             parts.append(np.ascontiguousarray(taken.swapaxes(1, 2)))

@@ -19,7 +19,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from onnxq.model import Model, values_of
+from onnxq.model import Model, readers, values_of
 from onnxq.packed import fitted
 from onnxq.schemes import PerChannel, QParams, QuantScheme
 
@@ -163,6 +163,15 @@ def activation_inputs(node: gs.Node) -> list[int]:
     wanted = range(len(node.inputs)) if spec.activations is None else spec.activations
     weight = weight_input(node)
     return [i for i in wanted if i < len(node.inputs) and i != weight and node.inputs[i].name]
+
+
+def clamp_behind(model: Model, node: gs.Node) -> tuple[float, float] | None:
+    """What a node's result is clamped to, where the clamp alone reads it."""
+    (result, *_) = node.outputs
+    found = [reader for reader, _ in readers(result)]
+    if model.is_output(result) or len(found) != 1 or found[0].op not in ("Relu", "Clip"):
+        return None
+    return clamp_bounds(found[0])
 
 
 def clamp_bounds(node: gs.Node) -> tuple[float, float] | None:

@@ -27,7 +27,7 @@ from onnxq.core import Skip
 from onnxq.files import PROTOBUF_LIMIT
 from onnxq.model import Model
 from onnxq.passes.linear import outputs_of, rank_of
-from onnxq.passes.ops import clamp_bounds
+from onnxq.passes.ops import clamp_behind
 
 EXACT = "exact/"
 POSITIONS = 4096  # of a result that are compared, about
@@ -54,11 +54,7 @@ class Layer:
         rank, channels = rank_of(exact), outputs_of(exact)
         if rank is None:
             raise Skip("the rank of its result is not known")
-        out, bounds = exact.outputs[0], None
-        found = list(out.outputs)
-        if len(found) == 1 and found[0].op in ("Relu", "Clip") and not before.is_output(out):
-            bounds = clamp_bounds(found[0])
-        return cls(node, exact, rank, channels, bounds)
+        return cls(node, exact, rank, channels, clamp_behind(before, exact))
 
     @property
     def axis(self) -> int:

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 from onnxq import runtime
 from onnxq.data import Feed
-from onnxq.errors import DataError
 from onnxq.model import Model
 from onnxq.numerics.metrics import ErrorSums
 from onnxq.passes.insertion import Editor
@@ -90,10 +89,8 @@ class Simulation:
 
 def run(session: Any, feed: Feed) -> Outputs:
     """Outputs in their order. Raises DataError for a sample that does not run."""
-    try:
+    with runtime.blames_sample():
         return list(runtime.run(session, feed).values())
-    except Exception as e:  # onnxruntime's exceptions share no base but Exception
-        raise DataError(f"a sample does not run: {runtime.one_line(e)}") from e
 
 
 def errors(reference: Sequence[Outputs], made: Sequence[Outputs]) -> NDArray[np.float64]:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from onnxq.core import Note, Skip
 from onnxq.data import Samples
 from onnxq.errors import DataError
-from onnxq.model import Model, readers, values_of
+from onnxq.model import Model, values_of
 from onnxq.numerics.adaptive import Meeting, Rounding, adapted
 from onnxq.numerics.saturation import saturates
 from onnxq.options import require_range
@@ -32,7 +32,7 @@ from onnxq.passes.grams import Layer, db, depths, in_rounds
 from onnxq.passes.layouts import Held, held_by
 from onnxq.passes.linear import LINEAR
 from onnxq.passes.meetings import Met, blocks_of, meetings, rows_of, wanted_places
-from onnxq.passes.ops import clamp_bounds, paired_rows
+from onnxq.passes.ops import clamp_behind, paired_rows
 from onnxq.passes.packed_weights import stands_for, uses_of
 from onnxq.schemes import FORMATS, IntFormat
 from onnxq.targets import Target
@@ -41,6 +41,7 @@ NAME = "round_adaptively"
 UNREAL = "synthetic samples do not tell what layers have to make of them: give --data"
 UNKNOWN = "nothing tells what the weight was: quantize_static comes first"
 SHARED = "its weight has other readers"
+NO_CLAMP = (-np.inf, np.inf)
 Values = NDArray[np.float32]
 
 
@@ -124,8 +125,9 @@ class RoundAdaptively:
         if not np.array_equal(np.asarray(numbers.values), grid.numbers.astype(numbers.dtype)):
             raise Skip("its integers lie in another way than the weight: in groups")
         was = next(h for h in held_by(old) if h.index == held.index)
+        clamp = clamp_behind(source, old) or NO_CLAMP
         task = _Task(
-            self, numbers, grid, np.asarray(weight, np.float32), _clamp(source, old),
+            self, numbers, grid, np.asarray(weight, np.float32), clamp,
             Layer.of(source, old, was), Layer.of(model, node, held),
         )  # fmt: skip
         if (size := -(-task.size_bytes >> 20)) > self.memory_mb:
@@ -234,15 +236,6 @@ class _Task:
         return Rounding(
             np.where(back, start.steps, found.steps), found.scale, found.lowest, found.highest
         )
-
-
-def _clamp(model: Model, node: gs.Node) -> tuple[float, float]:
-    """What a layer's result is clamped to, where nobody else reads it."""
-    (result,) = node.outputs
-    found = [reader for reader, _ in readers(result)]
-    if model.is_output(result) or len(found) != 1 or found[0].op not in ("Relu", "Clip"):
-        return -np.inf, np.inf
-    return clamp_bounds(found[0]) or (-np.inf, np.inf)
 
 
 def _bias(node: gs.Node, shape: tuple[int, ...]) -> Values | None:
