@@ -17,12 +17,16 @@ from onnxq.model import Model
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """What a pass did to a node, or why it declined (`changed=False`)."""
+    """What a pass did to a node, or why it declined (`changed=False`).
+
+    curve: how sensitive a layer is: points (share of its weights taken out, dB of the outputs).
+    """
 
     rule: str
     node: str
     text: str
     changed: bool = True
+    curve: tuple[tuple[float, float], ...] = ()
 
 
 class Skip(Exception):

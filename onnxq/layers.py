@@ -11,6 +11,7 @@ FORMAT      what it means with fixed ranges (static)          in weight-only and
   a16         16-bit activations; weights as the recipe says    nothing
   a16w4       16-bit activations, 4-bit weights                 int4 weights
   w4          4-bit weights, where the layer is quantized       int4 weights
+  dense       nothing; passes that prune leave the layer alone, whatever its format
 
 All but a width of weights alone (w4) ask for integers also where rules or costs are against them.
 Of several that match a layer the last wins. With fixed ranges a width is what counts: the target
@@ -32,6 +33,7 @@ from onnxq.model import Model, producer
 from onnxq.schemes import FORMATS
 from onnxq.weights import data_type_of
 
+DENSE = "dense"
 ACTIVATION_BITS, WEIGHT_BITS = ("8", "16"), ("2", "4", "8", "16")
 # Inputs that hold a layer's weight; in integer operators too: another pass may have been there.
 WEIGHTS: dict[str, tuple[int, ...]] = {
@@ -72,7 +74,7 @@ class Choice:
     @property
     def is_asked(self) -> bool:
         """Whether the layer is to be quantized, whatever rules and costs say."""
-        return not self.is_float and re.fullmatch(r"w\d+|", self.format) is None
+        return not self.is_float and re.fullmatch(rf"w\d+|{DENSE}|", self.format) is None
 
     @property
     def reason(self) -> str:
@@ -97,8 +99,18 @@ class Layers:
         """What is asked of which node of the model as it is now, bodies included; by node id."""
         found: dict[int, Choice] = {}
         for choice, nodes in self._matches(model):
-            found.update((id(node), choice) for node in nodes)
+            if choice.format != DENSE:
+                found.update((id(node), choice) for node in nodes)
         return found
+
+    def dense(self, model: Model) -> dict[int, Choice]:
+        """Nodes that are not to be pruned, whatever else is asked of them; by node id."""
+        return {
+            id(node): choice
+            for choice, nodes in self._matches(model)
+            if choice.format == DENSE
+            for node in nodes
+        }
 
     def matched(self, model: Model) -> set[Choice]:
         """Those that match at least one node."""
@@ -129,7 +141,7 @@ def formats() -> tuple[str, ...]:
     """All that may stand behind the `=`."""
     activations = [f"a{a}" for a in ACTIVATION_BITS]
     both = [f"a{a}w{w}" for a in ACTIVATION_BITS for w in WEIGHT_BITS]
-    return (*_plain(), *activations, *both, *(f"w{w}" for w in WEIGHT_BITS))
+    return (*_plain(), DENSE, *activations, *both, *(f"w{w}" for w in WEIGHT_BITS))
 
 
 def _plain() -> tuple[str, ...]:
@@ -147,7 +159,7 @@ def _parse(text: str) -> Choice:
             f"--layer {text!r}: unknown format {asked!r}: one of {', '.join(_plain())}, or "
             f"widths of activations and weights as in a16w8, a16, w4{meant(asked, formats())}"
         )
-    if asked == "float":
+    if asked in ("float", DENSE):
         return Choice(pattern, asked)
     widths = re.fullmatch(r"(?:a(\d+))?(?:w(\d+))?", asked)
     if widths is not None:

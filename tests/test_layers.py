@@ -146,3 +146,15 @@ def test_what_matches_nothing() -> None:
         "matches no layer of the model; did you mean 'op:MatMul'?"
     )
     assert no_match(layers.all[1], model).endswith("did you mean 'head'?")
+
+
+def test_dense_is_for_pruning_alone() -> None:
+    model = net()
+    layers = Layers.parse(("head=int8", "block_*=dense", "block_1_fc=float"))
+    dense = layers.dense(model)
+    assert {n.name for n in model.nodes() if id(n) in dense} == {"block_0_fc", "block_1_fc"}
+    assert chosen(net(), "head=int8", "block_*=dense", "block_1_fc=float") == {
+        "head": "int8",
+        "block_1_fc": "float",
+    }
+    assert not any(choice.is_asked for choice in dense.values())
