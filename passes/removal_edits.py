@@ -19,7 +19,7 @@ from onnxq.model import Model, readers, values_of
 from onnxq.passes.ops import is_constant
 from onnxq.passes.size_algebra import target_of
 from onnxq.passes.sizes import Sizes
-from onnxq.passes.unit_labels import Block
+from onnxq.passes.unit_labels import Block, Shuffle
 
 Masks = dict[int, NDArray[np.bool_]]  # what stays along an axis
 
@@ -248,6 +248,19 @@ def _is_aside(node: gs.Node, delta: NDArray[np.int64]) -> bool:
     """Whether a Gather takes none of the sizes that changed."""
     index = values_of(node.inputs[1]) if node.op == "Gather" else None
     return index is not None and not delta[index].any()
+
+
+def reorder(edit: Editor, shuffle: Shuffle) -> None:
+    """A channel shuffle of what stays is a Gather."""
+    mask = edit.of(shuffle.data).get(shuffle.axis)
+    if mask is None:
+        return
+    order = (np.cumsum(mask) - 1)[shuffle.order[mask[shuffle.order]]]
+    index = edit.model.constant(f"{shuffle.node.name}_order", order.astype(np.int64))
+    shuffle.node.op = "Gather"
+    shuffle.node.attrs.clear()
+    shuffle.node.attrs["axis"] = shuffle.axis
+    shuffle.node.inputs = [shuffle.data, index]
 
 
 EDITS: dict[str, Callable[[Editor, gs.Node], None]] = {

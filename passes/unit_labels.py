@@ -88,6 +88,19 @@ class Layer:
         return bool(groups > 1 and inputs == 1)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Shuffle:
+    """A Reshape that ends Reshape, Transpose, Reshape: channels in another order, and no more.
+
+    y[.., i, ..] = data[.., order[i], ..] along an axis.
+    """
+
+    node: gs.Node
+    data: gs.Tensor
+    axis: int
+    order: Marks
+
+
 @dataclass(slots=True)
 class Net:
     """What is known while the nodes are gone through."""
@@ -99,6 +112,7 @@ class Net:
     blocks: dict[int, tuple[gs.Tensor, Block]] = field(default_factory=dict)
     cuts: list[Cut] = field(default_factory=list)
     layers: list[Layer] = field(default_factory=list)
+    shuffles: list[Shuffle] = field(default_factory=list)
     declined: dict[int, tuple[gs.Node, str]] = field(default_factory=dict)
 
     def new(self, count: int) -> Marks:

@@ -12,7 +12,7 @@ from onnxq.core import Skip
 from onnxq.model import values_of
 from onnxq.passes.ops import is_constant
 from onnxq.passes.size_algebra import Shape, product
-from onnxq.passes.unit_labels import MOST, Block, Net
+from onnxq.passes.unit_labels import MOST, Block, Net, Shuffle
 
 Move = Callable[[Net, gs.Node], Sequence[Block | None]]
 
@@ -32,10 +32,49 @@ def segments(one: Shape, other: Shape) -> list[tuple[range, range]]:
     return found
 
 
+def _shuffled(net: Net, node: gs.Node, block: Block) -> bool:
+    """Whether the node begins a channel shuffle; labels are given to what it ends with.
+
+        [n, g c, ..] -> Reshape [n, g, c, ..] -> Transpose [n, c, g, ..] -> Reshape [n, c g, ..]
+
+    Units need not be alike in each of the g groups then: the shuffle becomes a Gather.
+    """
+    chain = [node]
+    for op in ("Transpose", "Reshape"):
+        (tensor,) = chain[-1].outputs
+        users = list(tensor.outputs)
+        if len(users) != 1 or users[0].op != op or net.model.is_output(tensor):
+            return False
+        if users[0].inputs[0] is not tensor or users[0].domain:
+            return False
+        chain.append(users[0])
+    source, folded = net.shape(node.inputs[0]), net.shape(node.outputs[0])
+    out = chain[2].outputs[0]
+    (at, *others), size = block.axes, block.labels.size
+    if (
+        others
+        or source != net.shape(out)
+        or net.model.graph_of(node) is not net.model.graph_of(chain[2])
+    ):
+        return False
+    inner = folded[at : at + 2]
+    if folded[:at] != source[:at] or len(inner) < 2 or product(inner) != size:
+        return False
+    swapped = [*range(at), at + 1, at, *range(at + 2, len(folded))]
+    if list(chain[1].attrs.get("perm", range(len(folded))[::-1])) != swapped:
+        return False
+    order = np.arange(size).reshape(_ints(folded, (at, at + 1))).T.reshape(-1)
+    net.shuffles.append(Shuffle(chain[2], node.inputs[0], at, order))
+    net.give(out, Block((at,), block.labels[order]))
+    return True
+
+
 def _reshape(net: Net, node: gs.Node) -> Sequence[Block | None]:
     """Labels are folded and unfolded with the axes that they are along."""
     source, out = net.shape(node.inputs[0]), net.shape(node.outputs[0])
     block = net.of(node.inputs[0])
+    if block is not None and node.op == "Reshape" and _shuffled(net, node, block):
+        return [None]
     parts = segments(source, out)
     for before, behind in parts:
         free = [
