@@ -309,7 +309,10 @@ def _shrink(model: Model, tensor: gs.Tensor, masks: Masks) -> None:
         return
     if tensor.shape is not None:
         counts = {axis: int(mask.sum()) for axis, mask in masks.items()}
-        tensor.shape = [counts.get(axis, d) for axis, d in enumerate(tensor.shape)]
+        tensor.shape = [
+            d if axis not in counts else counts[axis] if isinstance(d, int) else None
+            for axis, d in enumerate(tensor.shape)
+        ]
     known = model.moments.get(tensor.name)
     mask = next(iter(masks.values()))
     if known is not None:

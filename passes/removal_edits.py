@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from onnxq.model import Model, readers, values_of
 from onnxq.passes.ops import is_constant
-from onnxq.passes.size_algebra import target_of
 from onnxq.passes.sizes import Sizes
 from onnxq.passes.unit_labels import Block, Shuffle
+from onnxq.passes.unit_moves import smaller_target
 
 Masks = dict[int, NDArray[np.bool_]]  # what stays along an axis
 
@@ -127,8 +127,8 @@ def _reshape(edit: Editor, node: gs.Node) -> None:
         return
     if "shape" not in node.attrs and not is_constant(node.inputs[1]):
         out = list(edit.sizes.shape(node.outputs[0]) or [])
-        result = [new.get(i, d) for i, d in enumerate(out)]
-        target = target_of([into.get(i, d) for i, d in enumerate(was)], result)
+        now = [into[i] if i in into and isinstance(d, int) else d for i, d in enumerate(was)]
+        target = smaller_target(now, out, new)
     if target is None:
         edit.set_numbers(node, 1, "shape", changed)
         return

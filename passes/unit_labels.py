@@ -31,7 +31,8 @@ Marks = NDArray[np.int64]
 class Block:
     """Labels along some axes of a tensor (ascending, not negative): one dimension for each.
 
-    What the labels become in a finished structure: units, -1 for what stays.
+    What the labels become in a finished structure: units, -1 for what stays. Along an axis of free
+    size, [batch * heads, time, size], they are those of the inner part, repeated.
     """
 
     axes: tuple[int, ...]
@@ -255,9 +256,12 @@ def merged(net: Net, node: gs.Node, operands: Sequence[Operand], out: Shape) -> 
     if not known:
         return None
     axes = sorted({a for _, block in known for a in block.axes})
-    dims = [d for a in axes if isinstance(d := out[a], int)]
-    if len(dims) < len(axes):
-        raise Skip("the size of its channels is not known")
+    dims = [max(block.dim(a) for _, block in known if a in block.axes) for a in axes]
+    for _, block in known:
+        for a, d in zip(axes, dims, strict=True):
+            is_other = isinstance(out[a], int) and out[a] != d
+            if is_other or (a in block.axes and block.dim(a) != d):
+                raise Skip("the size of its channels is not known")
     first = net_labels = None
     for operand, block in known:
         own = [d if operand.dims[a] == out[a] else 1 for a, d in zip(axes, dims, strict=True)]

@@ -11,8 +11,8 @@ import onnx_graphsurgeon as gs
 from onnxq.core import Skip
 from onnxq.model import values_of
 from onnxq.passes.ops import is_constant
-from onnxq.passes.size_algebra import Shape, product
-from onnxq.passes.unit_labels import MOST, Block, Net, Shuffle
+from onnxq.passes.size_algebra import Shape, Size, parted, product, target_of
+from onnxq.passes.unit_labels import Block, Net, Shuffle
 
 Move = Callable[[Net, gs.Node], Sequence[Block | None]]
 
@@ -75,39 +75,76 @@ def _reshape(net: Net, node: gs.Node) -> Sequence[Block | None]:
     block = net.of(node.inputs[0])
     if block is not None and node.op == "Reshape" and _shuffled(net, node, block):
         return [None]
-    parts = segments(source, out)
-    for before, behind in parts:
-        free = [
-            s
-            for s in (*(source[a] for a in before), *(out[a] for a in behind))
-            if not isinstance(s, int)
-        ]
-        if free:
-            for axis in before:
-                why = f"{node.name} ({node.op}) mixes it with an axis of free size"
-                block = net.drop(block, axis, why)
+    touched: list[tuple[range, range, list[int], list[int]]] = []
+    for before, behind in segments(source, out):
+        if block is None or not set(before) & set(block.axes):
+            continue
+        dims = _lined([source[a] for a in before], [out[a] for a in behind])
+        if dims is not None:
+            touched.append((before, behind, *dims))
+            continue
+        for axis in before:
+            why = f"{node.name} ({node.op}) mixes it with an axis of free size"
+            block = net.drop(block, axis, why)
     if block is None:
         return [None]
-    touched = [(b, c) for b, c in parts if any(a in block.axes for a in b)]
-    axes = [a for before, _ in touched for a in before]
-    labels = block.over(axes, _ints(source, axes))
-    made = [a for _, behind in touched for a in behind]
-    dims = _ints(out, made)
-    if not made or 0 in dims:
+    touched = [entry for entry in touched if set(entry[0]) & set(block.axes)]
+    axes = [a for before, *_ in touched for a in before]
+    labels = block.over(axes, [d for _, _, dims, _ in touched for d in dims])
+    made = [a for _, behind, *_ in touched for a in behind]
+    shape = [d for *_, dims in touched for d in dims]
+    if not made or 0 in shape:
         raise Skip("its one channel loses its axis")
-    if prod(dims) != labels.size:
+    if prod(shape) != labels.size:
         raise Skip("its sizes are not known")
-    return [simplified(Block(tuple(made), labels.reshape(dims)))]
+    result = simplified(Block(tuple(made), labels.reshape(shape)))
+    _check_target(net, node, result)
+    return [result]
+
+
+def _lined(before: Shape, behind: Shape) -> tuple[list[int], list[int]] | None:
+    """Sizes of axes that are reshaped, without a free size that stays in front; None for others.
+
+    [batch, heads * size] becomes [batch * heads, size]: labels of [heads * size] and [heads, size].
+    """
+    if not before or not behind:
+        return [int(d) for d in before], [int(d) for d in behind]
+    (one, free), (other, same) = parted(before[0]), parted(behind[0])
+    rest = *before[1:], *behind[1:]
+    if free != same or any(not isinstance(d, int) for d in rest):
+        return None
+    return [one, *(int(d) for d in before[1:])], [other, *(int(d) for d in behind[1:])]
+
+
+def _check_target(net: Net, node: gs.Node, block: Block) -> None:
+    """Raise Skip where the target of a Reshape could not be written with other sizes."""
+    if node.op != "Reshape" or "shape" in node.attrs or is_constant(node.inputs[1]):
+        return
+    source, out = net.shape(node.inputs[0]), net.shape(node.outputs[0])
+    if smaller_target(source, out, dict.fromkeys(block.axes, 2)) is not None:
+        return
+    known = net.sizes.values(node.inputs[1])
+    if known is None or any(not isinstance(known[a], int) for a in block.axes):
+        raise Skip("its target is computed")
+
+
+def smaller_target(source: Shape, out: Shape, new: dict[int, int]) -> list[int] | None:
+    """A constant target for a Reshape whose result has other sizes; None where there is none."""
+    result: list[Size | None] = [
+        d if i not in new else new[i] if isinstance(d, int) else f"{d}, less"
+        for i, d in enumerate(out)
+    ]
+    return target_of(source, result)
 
 
 def _ints(shape: Shape, axes: Sequence[int]) -> list[int]:
     found = [d for a in axes if isinstance(d := shape[a], int)]
-    if len(found) < len(axes) or prod(found) > MOST:
+    if len(found) < len(axes):
         raise Skip("the size of its channels is not known")
     return found
 
 
-def simplified(block: Block) -> Block | None:
+def simplified(block: Block) -> Block:
     """Without axes along which labels are the same everywhere."""
     axes, labels = list(block.axes), block.labels
     for axis in block.axes:
@@ -161,6 +198,7 @@ def _pad(net: Net, node: gs.Node) -> Sequence[Block | None]:
         ends = int(pads[axis]), int(pads[axis + rank])
         if not any(ends):
             continue
+        _ints(net.shape(node.inputs[0]), (axis,))
         if len(block.axes) > 1 or min(ends) < 0 or node.attrs.get("mode", "constant") != "constant":
             raise Skip("it pads channels")
         front, back = (net.new(n) for n in ends)
@@ -197,6 +235,7 @@ def _slice(net: Net, node: gs.Node) -> Sequence[Block | None]:
     labels = block.labels
     for at, axis in enumerate(block.axes):
         if axis in axes:
+            _ints(net.shape(node.inputs[0]), (axis,))
             i = axes.index(axis)
             if steps[i] != 1:
                 raise Skip("it takes every so many channels")
@@ -237,6 +276,7 @@ def _gather(net: Net, node: gs.Node) -> Sequence[Block | None]:
             block = net.drop(block, axis, f"{node.name} (Gather) takes single channels")
         else:
             at = block.axes.index(axis)
+            _ints(net.shape(node.inputs[0]), (axis,))
             return [Block(block.axes, block.labels.take(values.astype(np.int64), at))]
     if block is None:
         return [None]

@@ -174,6 +174,11 @@ def _shape(net: Net, node: gs.Node) -> Sequence[Block | None]:
     """What reads sizes gets those that were (see removal_edits)."""
     if net.model.is_output(node.outputs[0]):
         raise Skip("its result is an output")
+    shape, block = net.shape(node.inputs[0]), net.of(node.inputs[0])
+    ends = slice(node.attrs.get("start", 0), node.attrs.get("end"))
+    read = range(len(shape))[ends]
+    if block is not None and any(not isinstance(shape[a], int) for a in block.axes if a in read):
+        raise Skip("a size is read that is a multiple of its channels")
     return [None]
 
 

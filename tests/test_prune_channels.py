@@ -215,7 +215,9 @@ def test_removes_hidden_units_batch_first() -> None:
     ]
     result = model.to_proto()
     onnx.checker.check_model(result, full_check=True)
-    assert sorted(list(t.dims) for t in result.graph.initializer) == [[1, 9, 3], [1, 9, 5], [3, 3]]
+    assert sorted(list(t.dims) for t in result.graph.initializer) == [
+        [1, 9, 3], [1, 9, 5], [3], [3, 3],
+    ]  # fmt: skip
 
 
 def test_removes_hidden_units_of_zero_states() -> None:
@@ -291,6 +293,33 @@ def test_removes_heads_where_sizes_are_computed() -> None:
     back = "f = Reshape(t, os)"
     found, _ = compared(attention(ATTENTION["apart"], folded(sizes), back, "float[N, T, 5] x"), 0.5)
     assert [len(g) for g in found.groups] == [4]
+
+
+@pytest.mark.parametrize("split_again", [False, True])
+def test_removes_heads_beside_the_batch(split_again: bool) -> None:
+    """[time, batch * heads, size], as torch.nn.MultiheadAttention has it, for any batch."""
+    sizes = (
+        "sh = Shape(x) i1 = Constant<value_int=1>() z0 = Constant<value_ints=[0]>() n1 = Gather(sh, i1) "
+        "h = Constant<value_int=4>() nh = Mul(n1, h) u1 = Unsqueeze(n1, z0) u2 = Unsqueeze(nh, z0) "
+        "six = Constant<value_ints=[6]>() h3 = Constant<value_ints=[3]>() h12 = Constant<value_ints=[12]>() "
+        "h4 = Constant<value_ints=[4]>() "
+        "hs = Concat<axis=0>(six, u2, h3) os = Concat<axis=0>(six, u1, h12) ss = Concat<axis=0>(u1, h4, six, h3)"
+    )
+    heads = "qr = Reshape(q, hs) kr = Reshape(k, hs) vr = Reshape(v, hs) "
+    if split_again:
+        heads += (
+            "qt = Transpose<perm=[1,0,2]>(qr) kt = Transpose<perm=[1,0,2]>(kr) vt = Transpose<perm=[1,0,2]>(vr) "
+            "qh = Reshape(qt, ss) k4 = Reshape(kt, ss) vh = Reshape(vt, ss) kh = Transpose<perm=[0,1,3,2]>(k4)"
+        )
+        tail = TAIL.replace("perm=[0,2,1,3]", "perm=[2,0,1,3]")
+    else:
+        heads += "qh = Transpose<perm=[1,0,2]>(qr) kh = Transpose<perm=[1,2,0]>(kr) vh = Transpose<perm=[1,0,2]>(vr)"
+        tail = TAIL.replace("perm=[0,2,1,3]", "perm=[1,0,2]")
+    body = f"{ATTENTION['apart']} {sizes} {heads} {tail} f = Reshape(t, os) y3 = MatMul(f, u)"
+    weights = {k: s for k, s in WEIGHTS.items() if k in ("wq", "wk", "wv", "u")}
+    found, model = compared(net(body, weights, STEPS, 18), 0.5)
+    assert [len(g) for g in found.groups] == [4]
+    assert list(model.nodes("MatMul")[-1].inputs[1].shape) == [6, 5]
 
 
 def test_removes_from_weights_in_constants_and_listed_inputs() -> None:
