@@ -27,8 +27,8 @@ class PruneChannels:
     """Remove the same share of every group of channels that go together.
 
     amount: share of the units of a group, 0 to less than 1. criterion: "norm", the root mean square
-    of the weights that make a unit. multiple: of how many units a group keeps; a runtime's kernels
-    may like 8 or 16. layers: overrides; a layer that is to be dense keeps all that it makes.
+    of the weights that make a unit. multiple: of how many channels are left of a group; a runtime's
+    kernels may like 8 or 16. layers: overrides; a layer that is to be dense keeps all it makes.
     """
 
     amount: float = 0.3

@@ -60,6 +60,12 @@ class Structure:
         """How many units there are."""
         return len(self.group_of)
 
+    def width(self, group: int) -> int:
+        """Rows of a weight that a unit of the group is: 1, or the size of a head, of a group ..."""
+        unit = int(self.groups[group][0])
+        counts = [int((v.outputs == unit).sum()) for v in self.layers if not v.is_depthwise]
+        return min(c for c in counts if c)
+
     def producers(self, group: int) -> list[Layer]:
         """The layers that make units of a group."""
         units = self.groups[group]

@@ -60,7 +60,7 @@ class Editor:
     def cut(self, node: gs.Node, index: int, masks: Masks) -> None:
         """Give the node a constant of its own without what goes; one for all with the same cut."""
         tensor = node.inputs[index]
-        shape = list(tensor.shape)
+        shape = np.shape(values_of(tensor))  # type: ignore[arg-type]
         used = {a: m for a, m in sorted(masks.items()) if a >= 0 and shape[a] == m.size}
         if not used:
             return

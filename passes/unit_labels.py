@@ -190,19 +190,19 @@ class Net:
                 block = self.drop(block, axis, reason)
         return block
 
-    def take(self, tensor: gs.Tensor, axis: int, size: int) -> Marks | None:
+    def take(self, node: gs.Node, axis: int, size: int) -> Marks | None:
         """The labels that a layer reads along an axis; all others go together, or stay."""
-        block = self.of(tensor)
+        block, who = self.of(node.inputs[0]), f"{node.name} ({node.op})"
         if block is None:
             return None
         if axis not in block.axes:
-            self.hold(block, "a layer reads it along another axis")
+            self.hold(block, f"{who} reads it along another axis")
             return None
-        block = self.only(block, (axis,), "a layer reads it along several axes")
+        block = self.only(block, (axis,), f"{who} reads it along several axes")
         if block is None:
             return None
         if block.labels.size != size:
-            self.hold(block, "a layer reads it that does not fit")
+            self.hold(block, f"{who} has a weight that does not fit it")
             return None
         return block.labels
 
@@ -250,7 +250,8 @@ def merged(net: Net, node: gs.Node, operands: Sequence[Operand], out: Shape) -> 
         block = operand.block
         for axis in () if block is None else block.axes:
             if operand.dims[axis] != out[axis]:
-                block = net.drop(block, axis, "it is repeated along its channels")
+                why = f"{node.name} ({node.op}) repeats it along its channels"
+                block = net.drop(block, axis, why)
         if block is not None:
             known.append((operand, block))
     if not known:
@@ -269,7 +270,8 @@ def merged(net: Net, node: gs.Node, operands: Sequence[Operand], out: Shape) -> 
         if first is None:
             first = net_labels = labels
         else:
-            net.join(first, labels, "it is combined with channels that stay")
+            why = f"{node.name} ({node.op}) combines it with channels that stay"
+            net.join(first, labels, why)
     assert net_labels is not None
     result: Block | None = Block(tuple(axes), np.array(net_labels))
     labelled = {id(operand) for operand, _ in known}

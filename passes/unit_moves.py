@@ -311,18 +311,18 @@ def _tile(net: Net, node: gs.Node) -> Sequence[Block | None]:
 def _to_space(net: Net, node: gs.Node) -> Sequence[Block | None]:
     """Each new channel is made of block^2 old ones."""
     area = int(node.attrs["blocksize"]) ** 2
-    block = net.only(net.of(node.inputs[0]), (1,), "it is turned into space")
+    block = net.only(net.of(node.inputs[0]), (1,), f"{node.name} (DepthToSpace) is not along it")
     if block is None:
         return [None]
     is_crd = node.attrs.get("mode", "DCR") == "CRD"
     parts = block.labels.reshape((-1, area) if is_crd else (area, -1))
     rows = parts if is_crd else parts.T
-    net.join(rows[:, :1], rows, "it becomes space together with channels that stay")
+    net.join(rows[:, :1], rows, f"{node.name} (DepthToSpace) puts channels beside it that stay")
     return [Block((1,), rows[:, 0])]
 
 
 def _to_depth(net: Net, node: gs.Node) -> Sequence[Block | None]:
-    block = net.only(net.of(node.inputs[0]), (1,), "space is turned into it")
+    block = net.only(net.of(node.inputs[0]), (1,), f"{node.name} (SpaceToDepth) is not along it")
     area = int(node.attrs["blocksize"]) ** 2
     return [None if block is None else Block((1,), np.tile(block.labels, area))]
 

@@ -132,6 +132,34 @@ def test_removes_from_images(
         assert found.count > 2
 
 
+OLD = [
+    pytest.param(f"{FIRST} d = Slice<starts=[2], ends=[1000], axes=[1]>(a) y4 = Conv(d, v)",
+                 PAIR | {"v": [4, 6, 1, 1]}, 9, [2, 6], id="slice"),
+    pytest.param(f"{FIRST} d, e = Split<axis=1>(a) f = Conv(d, v) g = Conv(e, u) y4 = Add(f, g)",
+                 PAIR | {"v": [4, 4, 1, 1], "u": [4, 4, 1, 1]}, 11, [4, 4], id="split"),
+    pytest.param(f"{FIRST} d, e = Split<axis=1,split=[3,5]>(a) f = Conv(d, v) g = Conv(e, u) y4 = Add(f, g)",
+                 PAIR | {"v": [4, 3, 1, 1], "u": [4, 5, 1, 1]}, 11, [3, 5], id="split-sizes"),
+    pytest.param(f"{FIRST} h = Pad<pads=[0,0,1,1,0,0,1,1]>(a) {SECOND}", PAIR, 10, [8], id="pad"),
+    pytest.param(f"{FIRST} h = Pad<pads=[0,1,0,0,0,0,0,0]>(a) y4 = Conv(h, v)", PAIR | {"v": [4, 9, 1, 1]},
+                 10, [8], id="pad-channels"),
+    pytest.param("f = Constant<value = float[4] {1.0, 1.0, 2.0, 2.0}>() "
+                 f"{FIRST} h = Upsample(a, f) {SECOND}", PAIR, 9, [8], id="upsample"),
+    pytest.param(f"{FIRST} s = Softmax<axis=2>(a) h = Mul(a, s) {SECOND}", PAIR, 11, [8], id="softmax"),
+    pytest.param(f"{FIRST} s = Softmax(a) h = Mul(a, s) {SECOND}", PAIR, 11, [], id="softmax-from-channels"),
+    pytest.param(f"{FIRST} g = ReduceMean<axes=[2,3],keepdims=0>(a) s = Unsqueeze<axes=[2,3]>(g) "
+                 "t = Squeeze<axes=[2,3]>(s) y2 = Gemm(t, v, c)", PAIR | {"v": [8, 3], "c": [3]}, 11, [8], id="axes"),
+    pytest.param(f"{FIRST} h = Clip<min=0.0,max=6.0>(a) {SECOND}", PAIR, 9, [8], id="clip"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("body", "weights", "opset", "groups"), OLD)
+def test_removes_in_old_opsets(
+    body: str, weights: dict[str, list[int]], opset: int, groups: list[int]
+) -> None:
+    found, _ = compared(net(body, weights, "float[2, 6, 8, 8] x", opset))
+    assert [len(g) for g in found.groups] == groups
+
+
 @pytest.mark.parametrize(("x", "body", "weights", "groups"), ROW_CASES)
 def test_removes_from_rows(
     x: str, body: str, weights: dict[str, list[int]], groups: list[int]
@@ -356,7 +384,7 @@ HELD = [
     pytest.param(IMAGE, "a = Conv(x, w) s = ReduceMean<axes=[1]>(a) y4 = Mul(x, s)", {"w": [8, 6, 1, 1]},
                  "(ReduceMean) computes across its channels", id="mean-of-channels"),
     pytest.param(IMAGE, "a = Conv(x, w) g = Sigmoid(a) y4 = Mul(x, g)", {"w": [1, 6, 1, 1]},
-                 "it is repeated along its channels", id="spatial-gate"),
+                 "(Mul) repeats it along its channels", id="spatial-gate"),
     pytest.param(IMAGE, "a = Conv(x, w) s = CumSum(a, k) y4 = Conv(s, v) k = Constant<value_int=1>()",
                  {"w": [8, 6, 1, 1], "v": [3, 8, 1, 1]}, "channels cannot be followed through it", id="operator"),
     pytest.param(IMAGE, "k = Relu(w) a = Conv(x, k) y4 = Conv(a, v)", {"w": [8, 6, 1, 1], "v": [3, 8, 1, 1]},
@@ -428,6 +456,16 @@ def test_keeps_the_largest_and_multiples() -> None:
     kept = np.asarray(values_of(model.nodes("Conv")[0].inputs[1]))
     np.testing.assert_array_equal(kept, weight[best])
     assert [n.text for n in notes if n.changed] == ["4 of 8 channels removed"]
+
+
+def test_multiples_count_channels_of_heads() -> None:
+    """Heads of 3 channels: of 4 heads two or four are multiples of 6 channels."""
+    back = f"{ints(os=[0, 6, 12])} f = Reshape(t, os)"
+    proto = attention(ATTENTION["apart"], folded(ints(hs=[0, 6, 4, 3])), back)
+    for amount, left in ((0.3, 12), (0.5, 6), (0.7, 6)):
+        model = Model.from_proto(proto)
+        PruneChannels(amount=amount, multiple=6)(model)
+        assert model.nodes("MatMul")[-1].inputs[1].shape[0] == left
 
 
 def test_one_unit_of_each_group_stays() -> None:
