@@ -281,7 +281,8 @@ def remove(model: Model, found: Structure, keep: NDArray[np.bool_], rule: str) -
             layer.node.attrs["group"] = int(edit.stays(layer.inputs).sum())
         elif layer.node.op in GATES:
             layer.node.attrs["hidden_size"] = int(edit.stays(layer.outputs).sum())
-    for node in model.nodes(*EDITS):
+    nodes = model.nodes(*EDITS)
+    for node in sorted(nodes, key=lambda n: n.op == "Shape"):  # what reads sizes is edited before
         if any(edit.of(t) for t in (*node.inputs, *node.outputs)):
             EDITS[node.op](edit, node)
     for shuffle in found.shuffles:

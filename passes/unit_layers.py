@@ -13,7 +13,8 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnxq.core import Skip
-from onnxq.model import values_of
+from onnxq.layers import has_weight
+from onnxq.model import producer, values_of
 from onnxq.packed import remembered
 from onnxq.passes.ops import is_constant
 from onnxq.passes.unit_labels import FIXED, Block, Cut, Layer, Marks, Net
@@ -27,11 +28,15 @@ def is_layer(node: gs.Node) -> bool:
     if node.op == "Gather":
         data = node.inputs[0]
         return is_constant(data) and data.dtype is not None and np.dtype(data.dtype).kind == "f"
-    return node.op in LAYERS and (node.op != "MatMul" or _is_right_constant(node))
+    return node.op in LAYERS and (node.op != "MatMul" or _has_right_weight(node))
 
 
-def _is_right_constant(node: gs.Node) -> bool:
-    return is_constant(node.inputs[1]) and len(node.inputs[1].shape or ()) == 2
+def _has_right_weight(node: gs.Node) -> bool:
+    """Whether the right operand is one constant matrix, or unpacked from constants."""
+    left, right = node.inputs
+    if is_constant(right):
+        return len(right.shape or ()) == 2
+    return not is_constant(left) and has_weight(node)
 
 
 def _shape(node: gs.Node, index: int, rank: int | None = None) -> list[int]:
@@ -39,6 +44,9 @@ def _shape(node: gs.Node, index: int, rank: int | None = None) -> list[int]:
     tensor = node.inputs[index]
     values = values_of(tensor)
     if values is None:
+        maker = producer(tensor)
+        if maker is not None and maker.op == "DequantizeLinear":
+            raise Skip(f"its weight {tensor.name} is quantized: prune first, then quantize")
         raise Skip(f"its weight {tensor.name} is not constant")
     if values.dtype.kind != "f":
         raise Skip(f"its weight {tensor.name} is {values.dtype}, not float")

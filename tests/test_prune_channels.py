@@ -104,6 +104,11 @@ FOUND = [
     pytest.param(f"{FIRST} {ints(p=[0, 1, 0, 0, 0, 2, 0, 0])} d = Pad(a, p) e = Conv<pads=[1,1,1,1]>(x, u) "
                  "s = Add(d, e) y4 = Conv(s, v)",
                  PAIR | {"u": [11, 6, 3, 3], "v": [4, 11, 1, 1]}, [8, 3], id="padded-shortcut"),
+    pytest.param(f"{FIRST} {ints(t=[0, 4, -1])} r = Reshape(a, t) n = InstanceNormalization(r, g, e) "
+                 f"z = Shape(a) h = Reshape(n, z) {SECOND}", PAIR | {"g": [4], "e": [4]}, [4], id="group-norm"),
+    pytest.param(f"{FIRST} {ints(t=[0, 8, -1])} r = Reshape(a, t) u = Transpose<perm=[0,2,1]>(r) "
+                 "m = MatMul(u, k) h = Gelu(m) y3 = MatMul(h, v)", PAIR | {"k": [8, 5], "v": [5, 3]}, [8, 5],
+                 id="patches"),
     pytest.param(f"{FIRST} s = Softmax<axis=3>(a) h = Mul(s, a) {SECOND}", PAIR, [8], id="softmax-aside"),
 ]  # fmt: skip
 ROW_CASES = [
@@ -389,6 +394,9 @@ HELD = [
                  {"w": [8, 6, 1, 1], "v": [3, 8, 1, 1]}, "channels cannot be followed through it", id="operator"),
     pytest.param(IMAGE, "k = Relu(w) a = Conv(x, k) y4 = Conv(a, v)", {"w": [8, 6, 1, 1], "v": [3, 8, 1, 1]},
                  "its weight k is not constant", id="computed-weight"),
+    pytest.param(ROWS, "q = Constant<value=int8[2,2] {1, 2, 3, 4}>() s = Constant<value_float=0.5>() "
+                 "k = DequantizeLinear(q, s) a = MatMul(x, w) d = MatMul(a, k) y3 = MatMul(d, v)",
+                 {"w": [6, 2], "v": [2, 3]}, "its weight k is quantized: prune first", id="quantized"),
     pytest.param(IMAGE, "a = Conv(x, w, c) y4 = Conv(a, v) c = Relu(b)",
                  {"w": [8, 6, 1, 1], "v": [3, 8, 1, 1], "b": [8]}, "its bias c is computed", id="computed-bias"),
     pytest.param(IMAGE, "a = Conv(x, w) y4 = Conv(a, v) z = Mul(w, w)",
