@@ -49,8 +49,8 @@ def channels(draw: Draw, even: bool = False) -> int:
 
 def conv(draw: Draw, b: Network, t: str) -> str:
     n, c, h, w = b.shapes[t]
-    groups = draw(st.sampled_from([g for g in (1, 1, 1, 2, 3) if c % g == 0]))
-    out = channels(draw, even=True) // groups * groups
+    groups = draw(st.sampled_from([g for g in (1, 1, 1, 2, 3, 4, 6) if c % g == 0]))
+    out = max(channels(draw, even=True) // groups, 1) * groups
     k = draw(st.sampled_from([1, 3]))
     bias = [b.weight(out)] if draw(st.booleans()) else []
     return b.add(
