@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -174,9 +174,10 @@ class _Finish:
     def settle(self) -> None:
         """Let the labels of each tensor vary along one axis: the longest of those they vary along.
 
-        What is left of a tensor has to be one block. Heads have been told from their sizes before,
-        by the MatMul that sums over one and not over the other; groups of a channel shuffle have
-        not: as many channels go in each of them.
+        What is left of a tensor has to be one block. A Reshape of [heads * size] leaves open which
+        of the two is removed. Heads have been told from their size before, by the MatMul that sums
+        over one and not over the other, and a channel shuffle is followed as the order of channels
+        that it is (`unit_moves`): neither gets here.
         """
         changed = True
         while changed:
@@ -226,7 +227,7 @@ class _Finish:
         def named(block: Block) -> Block:
             return Block(block.axes, units(block.labels))
 
-        layers = [Layer(v.node, v.index, units(v.inputs), units(v.outputs)) for v in net.layers]
+        layers = [replace(v, inputs=units(v.inputs), outputs=units(v.outputs)) for v in net.layers]
         return Structure(
             tuple(layers),
             tuple(groups),
@@ -278,10 +279,11 @@ def remove(model: Model, found: Structure, keep: NDArray[np.bool_], rule: str) -
             text = f"{gone} of {layer.outputs.size} {_noun(layer)} removed"
             notes.append(Note(rule, layer.node.name, text))
         if layer.is_depthwise:
-            layer.node.attrs["group"] = int(edit.stays(layer.inputs).sum())
+            layer.node.attrs["group"] = int(edit.stays(layer.inputs[:, 0]).sum())
         elif layer.node.op in GATES:
             layer.node.attrs["hidden_size"] = int(edit.stays(layer.outputs).sum())
-    for node in model.nodes(*EDITS):
+    nodes = model.nodes(*EDITS)
+    for node in sorted(nodes, key=lambda n: n.op == "Shape"):  # what reads sizes is edited before
         if any(edit.of(t) for t in (*node.inputs, *node.outputs)):
             EDITS[node.op](edit, node)
     for shuffle in found.shuffles:
