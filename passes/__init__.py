@@ -34,6 +34,7 @@ from onnxq.passes.merge_slices import merge_slices
 from onnxq.passes.name_sizes import name_sizes
 from onnxq.passes.pool_first import pool_first
 from onnxq.passes.prune_channels import PruneChannels
+from onnxq.passes.prune_weights import PruneWeights
 from onnxq.passes.quantize_codebook import QuantizeCodebook
 from onnxq.passes.quantize_dynamic import QuantizeDynamic
 from onnxq.passes.quantize_static import QuantizeStatic
@@ -98,6 +99,7 @@ PASSES: dict[str, Pass | type[Any]] = {
     "name_sizes": name_sizes,
     "pool_first": pool_first,
     "prune_channels": PruneChannels,
+    "prune_weights": PruneWeights,
     "quantize_codebook": QuantizeCodebook,
     "quantize_dynamic": QuantizeDynamic,
     "quantize_static": QuantizeStatic,
@@ -126,6 +128,7 @@ __all__ = [
     "FillBlocks",
     "IntegerIo",
     "PruneChannels",
+    "PruneWeights",
     "QuantizeCodebook",
     "QuantizeDynamic",
     "QuantizeStatic",
