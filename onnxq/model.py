@@ -37,6 +37,7 @@ from onnxq.schemes import QParams
 from onnxq.scratch import Scratch
 from onnxq.serialization import Exporter, Importer
 from onnxq.shapes import Merge, fill, inferred, same_types, shapes_with, symbols, take_types, update
+from onnxq.sparse import parts
 from onnxq.sweeping import sweep
 from onnxq.tensors import index_of, producer, readers, redirect, values_of
 from onnxq.weights import (
@@ -232,7 +233,7 @@ class Model:
     def data_files(self) -> set[Path]:
         """The data files that weights are still read from."""
         constants = chain(*place(self.graph).values())
-        held = (c._values for c in constants)
+        held = (part for c in constants for part in parts(c._values))
         return {v.file.path for v in held if isinstance(v, Stored) and v.file is not None}
 
     def wants_data_file(self) -> bool:

@@ -48,6 +48,7 @@ from onnxq.passes.share_initializers import share_initializers
 from onnxq.passes.share_nodes import share_nodes
 from onnxq.passes.simplify_qdq import SimplifyQdq, simplify_qdq
 from onnxq.passes.smooth_activations import SmoothActivations
+from onnxq.passes.sparsify_storage import SparsifyStorage
 from onnxq.passes.split_units import split_units
 from onnxq.passes.widen_channels import WidenChannels
 
@@ -111,6 +112,7 @@ PASSES: dict[str, Pass | type[Any]] = {
     "share_nodes": share_nodes,
     "simplify_qdq": SimplifyQdq,
     "smooth_activations": SmoothActivations,
+    "sparsify_storage": SparsifyStorage,
     "split_units": split_units,
     "widen_channels": WidenChannels,
 }
@@ -135,6 +137,7 @@ __all__ = [
     "ScaleSalient",
     "SimplifyQdq",
     "SmoothActivations",
+    "SparsifyStorage",
     "WidenChannels",
     "absorb_bias",
     "cancel_transposes",
