@@ -204,9 +204,9 @@ class Exporter:
         elif held.is_node:
             node = out.node.add(op_type="Constant", name=constant.name, output=[constant.name])
             attribute = node.attribute.add(name=SPARSE_VALUE, type=AttributeProto.SPARSE_TENSOR)
-            attribute.sparse_tensor.CopyFrom(held.to_proto(held.name, self.put))
+            attribute.sparse_tensor.CopyFrom(held.to_proto(held.name))
         else:
-            out.sparse_initializer.add().CopyFrom(held.to_proto(constant.name, self.put))
+            out.sparse_initializer.add().CopyFrom(held.to_proto(constant.name))
 
     def _node(self, node: gs.Node, out: onnx.NodeProto) -> None:
         origin = node.__dict__.get("origin", onnx.NodeProto())
@@ -225,11 +225,6 @@ class Exporter:
         for name, value in node.attrs.items():
             self._attribute(name, value, likes.get(name), out.attribute.add())
 
-    @property
-    def _put_inside(self) -> Put:
-        """How parts of a sparse attribute are written: marks would be lost with it."""
-        return inline if isinstance(self.put, Placeholders) else self.put
-
     def _attribute(
         self, name: str, value: Any, like: AttributeProto | None, out: AttributeProto
     ) -> None:
@@ -240,7 +235,7 @@ class Exporter:
             return
         if isinstance(value, gs.Constant) and isinstance(value._values, StoredSparse):
             out.type = AttributeProto.SPARSE_TENSOR
-            out.sparse_tensor.CopyFrom(value._values.to_proto(value.name, self._put_inside))
+            out.sparse_tensor.CopyFrom(value._values.to_proto(value.name))
         elif isinstance(value, gs.Constant):
             out.type = AttributeProto.TENSOR
             out.t.CopyFrom(self.put(value))

@@ -16,7 +16,7 @@ from onnx.numpy_helper import from_array
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from onnxq.errors import ModelError
-from onnxq.weights import UNFIT, Fetch, Put, Stored, Values, Weight, inline, without
+from onnxq.weights import UNFIT, Fetch, Stored, Values, Weight, inline, without
 
 SINCE = 11
 """The opset whose Constant has `sparse_value`."""
@@ -62,13 +62,13 @@ class StoredSparse(LazyValues):  # type: ignore[misc]
         out.flags.writeable = False
         return out
 
-    def to_proto(self, name: str, put: Put = inline) -> onnx.SparseTensorProto:
-        """The tensor; `put` writes values and indices."""
+    def to_proto(self, name: str) -> onnx.SparseTensorProto:
+        """The tensor with all inside: onnx's checker does not read indices from a data file."""
         out = onnx.SparseTensorProto()
         out.CopyFrom(self._rest)
         indices = self.indices.tensor.name
-        out.values.CopyFrom(put(Weight(name, self.numbers)))
-        out.indices.CopyFrom(put(Weight(indices, self.indices)))
+        out.values.CopyFrom(inline(Weight(name, self.numbers)))
+        out.indices.CopyFrom(inline(Weight(indices, self.indices)))
         return out
 
 

@@ -28,7 +28,7 @@ from onnx_graphsurgeon.ir.tensor import LazyValues
 from onnxq.graphs import DEFAULT_DOMAIN
 from onnxq.model import Model, producer, values_of
 from onnxq.passes.encodings import Emitter
-from onnxq.tensors import redirect
+from onnxq.tensors import readers, redirect
 from onnxq.weights import Weight, bytes_in, values_in
 
 SINCE = 12  # Max of integers; CumSum is of 11
@@ -135,6 +135,8 @@ def spread_constant(tensor: gs.Tensor) -> gs.Constant | None:
         node = producer(node.inputs[0])
     if node is None or node.op != "Reshape" or node.domain not in DEFAULT_DOMAIN:
         return None
+    if any(reader.op == "Slice" for reader, _ in readers(node.outputs[0])):
+        return None  # which cuts off what fills the last byte
     parts = _parts(node.inputs[0])
     target = values_of(node.inputs[1]) if parts is not None else None
     if parts is None or target is None:

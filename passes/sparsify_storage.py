@@ -39,7 +39,8 @@ NAME = "sparsify_storage"
 Form = Literal["bitmap", "coo"]
 BITMAP_BYTES, COO_BYTES = 1400, 250  # of nodes and names, about
 INDEX = 8  # bytes of a coordinate
-TELLING = 0.1  # share of zeros from which on it is said why a constant stays as it is
+COO_MOST = 1 << 24  # bytes of coordinates: they cannot be in a data file
+TELLING = 0.4  # share of zeros from which on it is said why a constant stays as it is
 FLOATS = ("float32", "float16", "float64")
 NARROW = ("int8", "uint8", "int16", "uint16", *bitmaps.WIDENED)
 
@@ -159,7 +160,8 @@ class _Work:
             found["bitmap"] = -(-count // 8) + stored_size(kind, (others + 1,)) + BITMAP_BYTES
         is_whole = str(np.dtype(constant.dtype)) not in bitmaps.WIDENED
         if "coo" in forms and opset >= sparse.SINCE and is_zero and is_whole:
-            found["coo"] = others * INDEX + stored_size(kind, (others,)) + COO_BYTES
+            size = others * INDEX + stored_size(kind, (others,)) + COO_BYTES
+            found |= {"coo": size} if size <= COO_MOST else {}
         return found
 
     def _store(self, plan: _Plan) -> None:
