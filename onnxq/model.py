@@ -83,6 +83,8 @@ class Model:
     unquantized: list[Model] = field(default_factory=list, repr=False)
     """What the model was before its activations were quantized, for passes that correct what that
     costs: one, or none. Nodes and tensors have the same names there; weights are shared."""
+    pruned: dict[str, int] = field(default_factory=dict, repr=False)
+    """How many weights pruning has left zero in a layer, by the name of its node."""
     _counts: dict[str, int] = field(default_factory=dict, repr=False)
     _walked: list[gs.Graph] = field(default_factory=list, repr=False)
     scratch: Scratch = field(default_factory=lambda: Scratch(is_used=False), repr=False)
@@ -256,6 +258,7 @@ class Model:
         )
         model.ranges.update(self.ranges)
         model.moments.update(self.moments)
+        model.pruned.update(self.pruned)
         model.unquantized.extend(self.unquantized)
         model._name_nodes()
         same_types(self.graph, graph)

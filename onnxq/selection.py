@@ -13,7 +13,7 @@ from onnxq import runtime
 from onnxq.attempts import Attempt, Setting, attempt
 from onnxq.choosing import BUDGET, SLOWER, Candidate, Objective, choose, judged
 from onnxq.core import Note, Pass
-from onnxq.demands import NOTHING, missed
+from onnxq.demands import NOTHING, NOTHING_PRUNED, missed
 from onnxq.errors import BudgetError, ModelError, OnnxqError, RecipeError
 from onnxq.fingerprint import fingerprint
 from onnxq.leftovers import temporary_folder
@@ -264,7 +264,7 @@ def _none_of(
     """Why none will do; of those that lose too much, the layers to blame in the best."""
     verdicts = [one.candidate.verdict for one in tries]
     reasons = [v for v in verdicts if v != NEEDS_DATA and not v.startswith(SAME)]
-    if reasons and all(reason.startswith(NOTHING) for reason in reasons):
+    if reasons and all(reason.startswith((NOTHING, NOTHING_PRUNED)) for reason in reasons):
         hint = "; with --data more can be tried" if NEEDS_DATA in verdicts else ""
         return BudgetError(reasons[0] + hint)
     told = "; ".join(f"{one.candidate.recipe}: {one.candidate.told()}" for one in tries)

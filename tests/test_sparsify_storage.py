@@ -75,7 +75,9 @@ def test_half_of_them_zeros(dtype: Any, bits: float) -> None:
 
 def stored_bits(model: Model, weights: int) -> float:
     """Bits a weight of what is neither a table nor a small constant."""
-    sizes = {t.name: bytes_in(t) for t in model.graph.tensors().values() if isinstance(t, gs.Constant)}
+    sizes = {
+        t.name: bytes_in(t) for t in model.graph.tensors().values() if isinstance(t, gs.Constant)
+    }
     return 8 * sum(s for n, s in sizes.items() if not n.startswith("bitmap_")) / weights
 
 
