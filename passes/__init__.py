@@ -33,6 +33,7 @@ from onnxq.passes.merge_reshapes import merge_reshapes
 from onnxq.passes.merge_slices import merge_slices
 from onnxq.passes.name_sizes import name_sizes
 from onnxq.passes.pool_first import pool_first
+from onnxq.passes.prune_channels import PruneChannels
 from onnxq.passes.prune_weights import PruneWeights
 from onnxq.passes.quantize_codebook import QuantizeCodebook
 from onnxq.passes.quantize_dynamic import QuantizeDynamic
@@ -98,6 +99,7 @@ PASSES: dict[str, Pass | type[Any]] = {
     "merge_slices": merge_slices,
     "name_sizes": name_sizes,
     "pool_first": pool_first,
+    "prune_channels": PruneChannels,
     "prune_weights": PruneWeights,
     "quantize_codebook": QuantizeCodebook,
     "quantize_dynamic": QuantizeDynamic,
@@ -127,6 +129,7 @@ __all__ = [
     "EqualizeLayers",
     "FillBlocks",
     "IntegerIo",
+    "PruneChannels",
     "PruneWeights",
     "QuantizeCodebook",
     "QuantizeDynamic",

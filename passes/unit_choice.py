@@ -1,0 +1,43 @@
+"""Which units of a model to keep."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnxq.model import values_of
+from onnxq.passes.removal import STAYS, Structure, weight_matrix
+
+
+def norms(found: Structure) -> NDArray[np.float64]:
+    """The root mean square of the weights that make each unit: [units].
+
+    Relative to the layer's: where several layers make a unit, theirs are averaged.
+    """
+    total, count = np.zeros(found.count), np.zeros(found.count)
+    for layer in found.layers:
+        if layer.is_depthwise or not (layer.outputs != STAYS).any():
+            continue
+        weight = weight_matrix(layer, np.asarray(values_of(layer.node.inputs[layer.index])))
+        squares = np.square(weight, dtype=np.float64).mean((2, 3))
+        mean = squares.mean() or 1.0
+        is_unit = layer.outputs != STAYS
+        np.add.at(total, layer.outputs[is_unit], squares[is_unit] / mean)
+        np.add.at(count, layer.outputs[is_unit], 1.0)
+    return np.sqrt(total / np.maximum(count, 1.0))
+
+
+def choose(
+    found: Structure, scores: NDArray[np.float64], amount: float, multiple: int = 1
+) -> NDArray[np.bool_]:
+    """Keep the units with the highest scores, the same share of each group; ties by number.
+
+    multiple: of how many units a group keeps, rounded up; a group that has fewer keeps all of them.
+    """
+    keep = np.ones(found.count, np.bool_)
+    for group in found.groups:
+        left = max(1, len(group) - int(amount * len(group) + 1e-9))
+        left = min(len(group), -(-left // multiple) * multiple)
+        order = np.argsort(scores[group], kind="stable")
+        keep[group[order[: len(group) - left]]] = False
+    return keep
