@@ -95,11 +95,12 @@ def attempt(recipe: Recipe, model: Model, notes: Sequence[Note], setting: Settin
             warnings += coarse(model, fidelity) if has_integer_io(recipe) else []
             if model.opset >= 21 and runtime.needs_int8_allowed(model):
                 warnings.append(INT8_WARNING)
-    covered = _covered(model, setting.feed)
-    return Attempt(recipe, model, tuple(notes), covered, fidelity, tuple(warnings))
+    reached = covered(model, setting.feed)
+    return Attempt(recipe, model, tuple(notes), reached, fidelity, tuple(warnings))
 
 
-def _covered(model: Model, feed: Feed) -> Coverage:
+def covered(model: Model, feed: Feed) -> Coverage:
+    """What of a model computes in integers, and its work, on the shapes of a sample."""
     model.infer_shapes()
     return coverage(model, model.shapes_for({k: np.shape(v) for k, v in feed.items()}))
 

@@ -33,6 +33,7 @@ from onnxq.graphs import (
     walk,
 )
 from onnxq.opsets import align_functions, carry, convert
+from onnxq.pruned import Pruned
 from onnxq.schemes import QParams
 from onnxq.scratch import Scratch
 from onnxq.serialization import Exporter, Importer
@@ -83,8 +84,8 @@ class Model:
     unquantized: list[Model] = field(default_factory=list, repr=False)
     """What the model was before its activations were quantized, for passes that correct what that
     costs: one, or none. Nodes and tensors have the same names there; weights are shared."""
-    pruned: dict[str, int] = field(default_factory=dict, repr=False)
-    """How many weights pruning has left zero in a layer, by the name of its node."""
+    pruned: dict[str, Pruned] = field(default_factory=dict, repr=False)
+    """Where pruning has made zeros, by the name of the layer's node (see onnxq.masks)."""
     _counts: dict[str, int] = field(default_factory=dict, repr=False)
     _walked: list[gs.Graph] = field(default_factory=list, repr=False)
     scratch: Scratch = field(default_factory=lambda: Scratch(is_used=False), repr=False)

@@ -56,6 +56,11 @@ class Recipe:
         in_one = "reconstruct_weights" in self.passes and bool(own.get("amount") or own.get("nm"))
         return in_one or any(name.startswith(PRUNING) for name in self.passes)
 
+    @property
+    def changes_work(self) -> bool:
+        """Whether one of its passes makes a layer compute less."""
+        return bool({"prune_channels", "factorize_weights"} & {*self.passes})
+
     def to_toml(self) -> str:
         """The recipe as a file that `load_recipe` reads; options left at their default commented.
 
