@@ -22,6 +22,8 @@ CRITERIA = ("magnitude", "wanda", "obs")
 WEIGHTS, CHANNELS, IN_ONE = "prune_weights", "prune_channels", "reconstruct_weights"
 HOW_MUCH = ("amount", "threshold", "nm")
 """Options of prune_weights of which one is given."""
+SAVINGS = ("amount", "macs", "size", "latency")
+"""Those of prune_channels."""
 PREPARING = (
     *NARROWING, "equalize_layers", "smooth_activations", "scale_salient", "reconstruct",
     "round_adaptively",
@@ -67,7 +69,7 @@ class Amounts:
         if recipe.choose:
             return replace(recipe, choose=tuple(map(self.applied, recipe.choose)))
         if self.macs is not None:
-            recipe = _with(recipe, CHANNELS, {"macs": self.macs}, {"amount"})
+            recipe = _with(recipe, CHANNELS, {"macs": self.macs}, {*SAVINGS})
         if self.weights is None and self.nm is None:
             return recipe
         return self._thinned(recipe)

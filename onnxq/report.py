@@ -165,8 +165,8 @@ class Report:
 
     def _print_floats(self, console: Console) -> None:
         layers = sorted(self.float_layers(), key=lambda layer: -layer["share"])
-        if not layers:
-            return
+        if not layers or (self.plan.is_pruning and not self.plan.is_quantizing):
+            return  # a recipe that stays in floats
         console.print(f"layers that compute in floats: {len(layers)}")
         for layer in layers[:SHOWN]:
             reason = layer["reason"] or "no pass takes it: it has few weights, or none"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from itertools import takewhile
@@ -21,6 +20,7 @@ from onnxq.loading import size_of
 from onnxq.model import Model
 from onnxq.recipes import Recipe, plan, wants
 from onnxq.runtime import Latency
+from onnxq.targets import is_here
 
 NEEDS_DATA, SAME = "needs --data", "the same as"
 SECONDS = 3.0  # for timing one result against the original
@@ -252,7 +252,7 @@ def _time(tries: Sequence[_Try], setting: Setting, seconds: float) -> None:
 
 def _timed(model: Model, setting: Setting, seconds: float) -> Latency | None:
     """Time against the original, where the target's machine is of this one's kind."""
-    if not len(setting.held) or platform.machine() not in setting.target.machines:
+    if not len(setting.held) or not is_here(setting.target):
         return None
     with setting.job.stage("time"):
         return runtime.latency(setting.original, model, setting.feed, seconds=seconds)

@@ -16,6 +16,7 @@ from onnxq.passes.drop_noops import drop_noops
 from onnxq.passes.drop_traces import drop_traces
 from onnxq.passes.drop_zero_states import drop_zero_states
 from onnxq.passes.equalize_layers import EqualizeLayers
+from onnxq.passes.factorize_weights import FactorizeWeights
 from onnxq.passes.fill_blocks import FillBlocks
 from onnxq.passes.fold_add import fold_add
 from onnxq.passes.fold_batchnorm import fold_batchnorm
@@ -82,6 +83,7 @@ PASSES: dict[str, Pass | type[Any]] = {
     "drop_traces": drop_traces,
     "drop_zero_states": drop_zero_states,
     "equalize_layers": EqualizeLayers,
+    "factorize_weights": FactorizeWeights,
     "fill_blocks": FillBlocks,
     "fold_add": fold_add,
     "fold_batchnorm": fold_batchnorm,
@@ -127,6 +129,7 @@ __all__ = [
     "CorrectBias",
     "DequantizeModel",
     "EqualizeLayers",
+    "FactorizeWeights",
     "FillBlocks",
     "IntegerIo",
     "PruneChannels",

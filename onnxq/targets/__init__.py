@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -215,6 +216,11 @@ class Target:
         if rule is not None and rule.source:
             return rule.source
         return self.sources.get(fact) or self.sources.get("operators", "")
+
+
+def is_here(target: Target) -> bool:
+    """Whether times on this machine are the target's own."""
+    return platform.machine() in target.machines
 
 
 def names() -> list[str]:
