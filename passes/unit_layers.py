@@ -185,8 +185,10 @@ def _state(net: Net, node: gs.Node, index: int, units: Marks) -> None:
 
 
 def _fill(net: Net, node: gs.Node) -> None:
-    """Equal values of computed shape (states): as many along the last axis as asked for."""
+    """A state of equal values, of computed shape: as many along the last axis as asked for."""
     out = node.outputs[0]
+    if not any(r.op in RECURRENT for r in out.outputs):
+        return
     asked = net.sizes.values(node.inputs[0])
     if not asked or not isinstance(asked[-1], int) or asked[-1] < 2 or net.model.is_output(out):
         return

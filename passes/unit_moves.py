@@ -55,7 +55,7 @@ def _reshape(net: Net, node: gs.Node) -> Sequence[Block | None]:
     made = [a for _, behind in touched for a in behind]
     dims = _ints(out, made)
     if not made or 0 in dims:
-        raise Skip("nothing is left of its axis")
+        raise Skip("its one channel loses its axis")
     if prod(dims) != labels.size:
         raise Skip("its sizes are not known")
     return [simplified(Block(tuple(made), labels.reshape(dims)))]

@@ -34,8 +34,8 @@ POOLS = frozenset(
 
 def _each(net: Net, node: gs.Node) -> Sequence[Block | None]:
     """Elementwise, with broadcasting."""
-    if any(t.name for t in node.outputs[1:]):
-        raise Skip("it has more than one result")
+    if "broadcast" in node.attrs or "axis" in node.attrs:
+        raise Skip("its operands are aligned as before opset 7")
     out = net.shape(node.outputs[0])
     operands = [aligned(net, node, i, len(out)) for i, t in enumerate(node.inputs) if t.name]
     return [merged(net, node, operands, out)]
@@ -68,6 +68,8 @@ def _with_vectors(net: Net, node: gs.Node, indices: Sequence[int]) -> Block | No
         raise Skip("its parameters are not constant")
     block = net.only(net.of(node.inputs[0]), (1,), f"{node.op} is not along it")
     if block is not None:
+        if any(list(node.inputs[i].shape) != [block.labels.size] for i in indices):
+            raise Skip("its parameters are not one value a channel")
         for index in indices:
             net.cut(node, index, Block((0,), block.labels))
     return block

@@ -1,0 +1,261 @@
+"""How a model is pruned: rank, measure, allot, fit, remove."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
+
+from onnxq import runtime
+from onnxq.core import Note
+from onnxq.data import Samples
+from onnxq.errors import DataError
+from onnxq.model import Model
+from onnxq.passes.removal import Structure, remove, structure
+from onnxq.passes.unit_budget import Counts, Curve, Work, allotted, even
+from onnxq.passes.unit_choice import norms
+from onnxq.passes.unit_curves import Ranker, Ranking, measured, stops_of
+from onnxq.passes.unit_readers import Reading, readings
+from onnxq.passes.unit_repair import repair
+from onnxq.passes.unit_trials import Trials
+from onnxq.sampling import divided
+
+LOOKED_AT = 64  # samples at most
+JUDGES = 16
+HALVINGS = 6  # of the share of work, in search of a size or a time
+SECONDS = 1.0  # of timing, each time
+HOW = {
+    "norm": "by the norm of weights",
+    "activation": "by activations",
+    "reconstruction": "by what others can make up for",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Aims:
+    """What is to be saved: see `prune_channels`; block: of channels in the target's kernels."""
+
+    amount: float | None
+    macs: float | None
+    size: float | None
+    latency: float | None
+    multiple: int
+    least: float
+    block: int
+
+    def multiple_of(self, size: int) -> int:
+        """How many units of a group are worth keeping together."""
+        if self.multiple:
+            return self.multiple
+        if self.block == 1 or size < 8:
+            return 1
+        return 8 if size >= 4 * self.block else 4
+
+
+@dataclass(frozen=True, slots=True)
+class Pruning:
+    """One run of the pass over one model."""
+
+    rule: str
+    model: Model
+    found: Structure
+    aims: Aims
+    dense: frozenset[str]
+    criterion: str
+    compensation: bool
+    samples: Samples | None
+    memory: int
+    progress: Callable[[int], None] | None = None
+
+    def run(self) -> list[Note]:
+        """Prune in place; notes of what was done."""
+        samples = self._samples()
+        criterion = self._criterion(samples)
+        shapes = None
+        if samples is not None:
+            first = next(iter(samples))
+            shapes = self.model.shapes_for({name: v.shape for name, v in first.items()})
+        work = Work.of(self.model, self.found, shapes)
+        groups = self._worth_it(work)
+        found = list(readings(self.model, self.found))
+        rankings = self._rankings(groups, found, criterion, samples)
+        if samples is None or samples.synthetic:
+            trials, curves = None, self._guessed(rankings)
+        else:
+            trials = Trials(self.model, self.found, divided(samples)[1].take(JUDGES))
+            curves = {} if self.aims.amount is not None else measured(trials, rankings)
+        removed = self._removed(work, rankings, curves, samples)
+        gone = self._gone(rankings, removed)
+        if not gone.any():
+            why = "nothing can go: groups of channels are too small, or are to be left alone"
+            return [Note(self.rule, self.model.graph.name, why, changed=False)]
+        text = self._repaired(trials, found, gone, samples)
+        share = 1 - work.left(removed) / work.left(np.zeros_like(removed))
+        notes = self._curve_notes(curves)
+        changes = {} if trials is None else trials.fitted()
+        later = {key: v for key, v in changes.items() if not self._has_input(*key)}
+        self._write({key: v for key, v in changes.items() if key not in later})
+        notes += remove(self.model, self.found, ~gone, self.rule)
+        outputs = {reading.name: reading.outputs for reading in found}
+        kept = np.append(~gone, True)
+        self._write({(n, i): v[kept[outputs[n]]] for (n, i), v in later.items()})
+        whole = f"{share:.1%} of multiply-accumulates removed, {HOW[criterion]}; {text}"
+        return [Note(self.rule, self.model.graph.name, whole), *notes]
+
+    def _nodes(self) -> dict[str, gs.Node]:
+        return {node.name: node for node in self.model.nodes()}
+
+    def _has_input(self, name: str, index: int) -> bool:
+        """Whether there is a constant yet; a bias that is added is cut to size already."""
+        inputs = self._nodes()[name].inputs
+        return index < len(inputs) and bool(inputs[index].name)
+
+    def _write(self, changes: Mapping[tuple[str, int], NDArray[Any]]) -> None:
+        """New constants of nodes."""
+        nodes = self._nodes() if changes else {}
+        for (name, index), values in changes.items():
+            node = nodes[name]
+            made = self.model.constant(f"{name}_fitted", values)
+            while len(node.inputs) <= index:
+                node.inputs.append(made)
+            node.inputs[index] = made
+
+    def _repaired(
+        self, trials: Trials | None, found: Sequence[Reading], gone: NDArray[np.bool_],
+        samples: Samples | None,
+    ) -> str:  # fmt: skip
+        """Fit what is left, in the copy; what that has brought."""
+        if trials is None or samples is None:
+            return "nothing makes up for it without samples of real data: give --data"
+        trials.switch_off(gone)
+        before = trials.distance()
+        if not self.compensation:
+            return f"outputs within {before.db:.1f} dB on held-out samples, nothing makes up for it"
+        count = repair(trials, found, gone, samples, self.memory, self.progress)
+        after = trials.distance()
+        text = f"outputs within {after.db:.1f} dB on held-out samples, {before.db:.1f} dB before"
+        if after.noise < before.noise:
+            return f"{text} {count} layers were fitted anew"
+        trials.reset()
+        return f"{text} layers were fitted anew: undone"
+
+    def _curve_notes(self, curves: Mapping[int, Curve]) -> list[Note]:
+        """How sensitive the outputs are to each group."""
+        notes = []
+        for group, curve in curves.items():
+            if self.aims.amount is None and curve and self.samples is not None:
+                size = len(self.found.groups[group])
+                made = self.found.producers(group)
+                points = tuple(
+                    (stop / size, float(-10 * np.log10(max(noise, 1e-20))))
+                    for stop, noise in sorted(curve.items())
+                )
+                name = made[0].node.name if made else self.model.graph.name
+                text = f"outputs' dB by the share of its {size} units that goes"
+                notes.append(Note(self.rule, name, text, changed=False, curve=points))
+        return notes
+
+    def _samples(self) -> Samples | None:
+        if self.samples is None or not len(self.samples):
+            if self.criterion in ("activation", "reconstruction") or self.aims.latency is not None:
+                raise DataError(f"{self.rule} looks at samples with these options: give --data")
+            return None
+        return self.samples.take(LOOKED_AT)
+
+    def _criterion(self, samples: Samples | None) -> str:
+        is_real = samples is not None and not samples.synthetic
+        if self.criterion == "auto":
+            return "reconstruction" if is_real else "norm"
+        return self.criterion
+
+    def _worth_it(self, work: Work) -> list[int]:
+        """Groups that have enough work, or that all are to lose the same share of."""
+        none = np.zeros_like(work.sizes)
+        least = self.aims.least * work.left(none)
+        return [
+            g for g, size in enumerate(work.sizes.tolist())
+            if size > 1 and (self.aims.amount is not None or work.saved(none, g, size) > least)
+        ]  # fmt: skip
+
+    def _rankings(
+        self, groups: Sequence[int], found: Sequence[Reading], criterion: str,
+        samples: Samples | None,
+    ) -> dict[int, Ranking]:  # fmt: skip
+        scores = norms(self.found)
+        sizes = [len(g) for g in self.found.groups]
+        multiples = [self.aims.multiple_of(size) for size in sizes]
+        stops = [stops_of(n, m) for n, m in zip(sizes, multiples, strict=True)]
+        if self.aims.amount is not None:
+            wanted = [int(even(np.array([n]), self.aims.amount, self.aims.multiple or 1)[0])
+                      for n in sizes]  # fmt: skip
+            stops = [(n,) if n else () for n in wanted]
+        is_real = samples is not None and not samples.synthetic
+        if samples is None or not is_real or (criterion == "norm" and not self.compensation):
+            return {
+                g: Ranking(np.argsort(scores[self.found.groups[g]], kind="stable"), stops[g])
+                for g in groups
+            }
+        fitted = divided(samples)[0]
+        ranker = Ranker(
+            self.model, self.found, found, fitted, criterion, self.compensation, self.memory
+        )
+        return ranker.rank(groups, scores, stops)
+
+    def _guessed(self, rankings: Mapping[int, Ranking]) -> dict[int, dict[int, float]]:
+        """Curves without data: the share of the weights' squares that goes."""
+        scores = np.square(norms(self.found))
+        found = {}
+        for group, ranking in rankings.items():
+            own = scores[self.found.groups[group]][ranking.order]
+            sums = np.cumsum(own) / max(float(own.sum()), 1e-30)
+            found[group] = {stop: float(sums[stop - 1]) for stop in ranking.stops}
+        return found
+
+    def _removed(
+        self, work: Work, rankings: Mapping[int, Ranking], curves: Mapping[int, Curve],
+        samples: Samples | None,
+    ) -> Counts:  # fmt: skip
+        aims = self.aims
+        if aims.amount is not None:
+            removed = np.zeros_like(work.sizes)
+            for group, ranking in rankings.items():
+                removed[group] = max(ranking.stops, default=0)
+            return removed
+        each = [curves.get(g, {}) for g in range(len(work.sizes))]
+        if aims.macs is not None:
+            return allotted(work, each, aims.macs, aims.block)
+        low, high, best = 0.0, 1.0, np.zeros_like(work.sizes)
+        for _ in range(HALVINGS):
+            share = (low + high) / 2
+            removed = allotted(work, each, share, aims.block)
+            if self._saves(rankings, removed, samples):
+                high, best = share, removed
+            else:
+                low = share
+        return best if best.any() else allotted(work, each, high, aims.block)
+
+    def _saves(
+        self, rankings: Mapping[int, Ranking], removed: Counts, samples: Samples | None
+    ) -> bool:
+        """Whether the model without these units is as small, or as fast, as is wanted."""
+        trial = self.model.copy()
+        dense = [id(node) for node in trial.nodes() if node.name in self.dense]
+        remove(trial, structure(trial, self.rule, dense), ~self._gone(rankings, removed), self.rule)
+        if self.aims.size is not None:
+            left = sum(trial.weight_sizes()) / max(sum(self.model.weight_sizes()), 1)
+            return left <= 1 - self.aims.size
+        assert samples is not None
+        assert self.aims.latency is not None
+        feed = next(iter(samples))
+        found = runtime.latency(self.model, trial, feed, seconds=SECONDS)
+        return found.ratio <= 1 - self.aims.latency
+
+    def _gone(self, rankings: Mapping[int, Ranking], removed: Counts) -> NDArray[np.bool_]:
+        gone = np.zeros(self.found.count, np.bool_)
+        for group, ranking in rankings.items():
+            gone[self.found.groups[group][ranking.order[: removed[group]]]] = True
+        return gone
