@@ -134,7 +134,7 @@ def optimize(
     pruned = survived(done.model)
     with job.stage("write"):
         size, also = _written(done.model, written, aim, beside, samples)
-    used = f"{len(fitting)} for calibration: " if wants(done.recipe, "samples") else ""
+    used = f"{len(fitting)} for calibration: " if _is_fitted(done.recipe, data) else ""
     return Report(
         model=name_of(model),
         output=None if written is None else os.fspath(written),
@@ -159,6 +159,11 @@ def optimize(
         pruned=pruned,
         macs=_work(original, done, samples) if done.recipe.changes_work else None,
     )
+
+
+def _is_fitted(recipe: Recipe, data: object | None) -> bool:
+    """Whether passes looked at samples; those that prune do where there are real ones."""
+    return wants(recipe, "samples") or (data is not None and recipe.is_pruning)
 
 
 def _work(original: ModelLike, done: Attempt, samples: Samples) -> tuple[float, float]:

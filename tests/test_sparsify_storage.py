@@ -12,6 +12,8 @@ import pytest
 from onnx import helper, numpy_helper, parser
 
 from onnxq import inspect, runtime
+from onnxq.errors import RecipeError
+from onnxq.lint import check as check_target
 from onnxq.loading import load
 from onnxq.looking import compare
 from onnxq.model import Model
@@ -290,3 +292,22 @@ def test_inspect_compare_and_requantize(zeros: float, tmp_path: Path) -> None:
     )
     assert report.stored[0].format == "int8"
     assert (tmp_path / "c.onnx").stat().st_size < 40_000
+
+
+@pytest.mark.parametrize("zeros", [0.6, 0.995])
+def test_check_knows_who_reads_it(zeros: float, tmp_path: Path) -> None:
+    model = Model.from_proto(matmul(zeros))
+    SparsifyStorage()(model)
+    model.save(tmp_path / "b.onnx")
+    assert check_target(tmp_path / "b.onnx", target="ort-cpu").is_clean
+    found = check_target(tmp_path / "b.onnx", target="openvino")
+    assert [v.rule for v in found.violations] == ["sparse_weights"]
+
+
+def test_targets_name_forms_that_are_known(tmp_path: Path) -> None:
+    base = 'extends = "generic"\nsparse_weights = ["bitmask"]\n'
+    (tmp_path / "mine.toml").write_text(base)
+    with pytest.raises(RecipeError, match="sparse_weights knows no bitmask: bitmap, coo"):
+        load_target(str(tmp_path / "mine.toml"))
+    assert not load_target("ort-mobile").sparse_weights
+    assert load_target("ort-arm64").sparse_weights == ("bitmap", "coo")

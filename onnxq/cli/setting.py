@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from onnxq.cli.common import errors
 from onnxq.cli.completing import complete_amount, complete_format, complete_layer, complete_pattern
 
 RANGES = ("minmax", "mse", "standardized", "hqq", "importance")
@@ -94,7 +95,9 @@ def setting_options(command: Any) -> Any:
     def run(*args: Any, layers: tuple[str, ...], **kwargs: Any) -> None:
         from onnxq.settings import Settings
 
-        settings = Settings(**{f.name: kwargs.pop(f.name) for f in fields(Settings)})
+        given = {f.name: kwargs.pop(f.name) for f in fields(Settings)}
+        with errors(debug=kwargs["debug"]):
+            settings = Settings(**given)
         command(*args, settings=settings, layers=layers, **kwargs)
 
     for option in reversed(OPTIONS):
