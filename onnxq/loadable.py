@@ -15,8 +15,8 @@ from onnxq.conformance import Finding
 from onnxq.graphs import op_type_of
 from onnxq.layers import UNPACKING, is_lookup
 from onnxq.model import Model, producer
-from onnxq.passes.ops import is_constant
 from onnxq.passes.bitmaps import spread_constant
+from onnxq.passes.ops import is_constant
 from onnxq.passes.packed_weights import stands_for
 from onnxq.schemes import FORMATS
 from onnxq.targets import Target
@@ -96,10 +96,10 @@ def _sparse(node: gs.Node, target: Target) -> Iterator[Finding]:
     is_coo = node.op == "Constant" and "sparse_value" in node.attrs
     if "coo" not in target.sparse_weights and is_coo:
         yield found(target, "sparse_weights", node, "a constant is a sparse tensor")
-    elif "bitmap" not in target.sparse_weights and node.op == "Reshape":
-        if spread_constant(node.outputs[0]) is not None:
-            text = "a weight is spread from a bitmap: the target may do that at every run"
-            yield found(target, "sparse_weights", node, text)
+    is_spread = node.op == "Reshape" and spread_constant(node.outputs[0]) is not None
+    if "bitmap" not in target.sparse_weights and is_spread:
+        text = "a weight is spread from a bitmap: the target may do that at every run"
+        yield found(target, "sparse_weights", node, text)
 
 
 def _halves(node: gs.Node, target: Target) -> Iterator[Finding]:
