@@ -185,15 +185,17 @@ def _looked_up(node: gs.Node | None, table: NDArray[Any]) -> gs.Constant | None:
     return bits if is_bytes and len(bits.shape) == 1 else None
 
 
-def restored(model: Model) -> list[tuple[gs.Node, gs.Constant]]:
+def restored(model: Model, *, floats: bool = False) -> list[tuple[gs.Node, gs.Constant]]:
     """Let all that reads such a constant read it as one, in place; (the last node, the constant).
 
-    Its values stay where they are stored until somebody looks at them.
+    floats: only those of floats. Values stay where they are stored until somebody looks at them.
     """
     found = []
     for node in model.nodes("Reshape", "Cast"):
         constant = spread_constant(node.outputs[0])
-        if constant is not None and not model.is_output(node.outputs[0]):
+        if constant is None or model.is_output(node.outputs[0]):
+            continue
+        if not floats or np.dtype(constant.dtype).kind == "f":
             redirect(node.outputs[0], constant)
             found.append((node, constant))
     if found:

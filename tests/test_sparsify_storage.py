@@ -276,8 +276,9 @@ def test_data_files(zeros: float, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("is_asked", [True, False])
 @pytest.mark.parametrize("zeros", [0.6, 0.995])
-def test_inspect_compare_and_requantize(zeros: float, tmp_path: Path) -> None:
+def test_inspect_compare_and_quantize(zeros: float, is_asked: bool, tmp_path: Path) -> None:
     onnx.save(matmul(zeros), tmp_path / "a.onnx")
     model = load(tmp_path / "a.onnx")
     SparsifyStorage()(model)
@@ -288,10 +289,13 @@ def test_inspect_compare_and_requantize(zeros: float, tmp_path: Path) -> None:
     found = compare(tmp_path / "a.onnx", tmp_path / "b.onnx")
     assert found.fidelity.sqnr_db > 100
     report = optimize(
-        tmp_path / "b.onnx", tmp_path / "c.onnx", recipe="int8-weights", requantize=True
+        tmp_path / "b.onnx", tmp_path / "c.onnx", recipe="int8-weights", requantize=is_asked
     )
     assert report.stored[0].format == "int8"
     assert (tmp_path / "c.onnx").stat().st_size < 40_000
+    before = (tmp_path / "b.onnx").stat().st_size
+    kept = optimize(tmp_path / "b.onnx", tmp_path / "c.onnx", recipe="cleanup")
+    assert kept.size_bytes[1] <= before  # a clean-up leaves it sparse
 
 
 @pytest.mark.parametrize("zeros", [0.6, 0.995])
