@@ -24,6 +24,7 @@ from onnxq.loading import ModelLike, PathLike, load, name_of, size_of
 from onnxq.masks import survived
 from onnxq.model import Model
 from onnxq.ortformat import check_name, write_ort
+from onnxq.passes import cleanup
 from onnxq.passes.integer_io import Type
 from onnxq.plausibility import doubts
 from onnxq.preconditions import (
@@ -167,8 +168,14 @@ def _is_fitted(recipe: Recipe, data: object | None) -> bool:
 
 
 def _work(original: ModelLike, done: Attempt, samples: Samples) -> tuple[float, float]:
-    """Multiply-accumulates of the original, on the first sample's shapes, and of the result."""
-    return covered(load(original).copy(), next(iter(samples), {})).macs, done.coverage.macs
+    """Multiply-accumulates of the original, on the first sample's shapes, and of the result.
+
+    The original is cleaned up for it: only then are all shapes known.
+    """
+    before = load(original).copy()
+    before.inline_functions()
+    cleanup(before)
+    return covered(before, next(iter(samples), {})).macs, done.coverage.macs
 
 
 def _opened(model: ModelLike) -> tuple[ModelLike, Model]:

@@ -29,6 +29,7 @@ SHARED = {
     "biases", "empirical_bias", "paired",
     "removal", "removal_edits", "unit_choice", "unit_labels", "unit_layers", "unit_moves",
     "unit_rules",
+    "prunable", "prune_curves", "pruning",
 }  # fmt: skip
 
 

@@ -47,7 +47,7 @@ def pruned(
     if isinstance(choice, Fixed):
         kept = choice.kept
     else:
-        kept = _chosen(np.asarray(rows, np.float32), h, choice)
+        kept = _chosen(np.asarray(rows, np.float32), h, choice, _added(damping))
     return _least_squares(np.asarray(rows, np.float32), h, kept), kept
 
 
@@ -74,8 +74,12 @@ def _damped(gram: NDArray[np.float64], damping: float, shape: tuple[int, ...]) -
     mean = np.einsum("bii->bi", gram).mean(1)
     h = (gram / np.where(mean > 0, mean, 1)[:, None, None]).astype(np.float32)
     at = np.arange(shape[1])
-    h[:, at, at] += np.float32(max(damping, 1e-6))
+    h[:, at, at] += _added(damping)
     return h
+
+
+def _added(damping: float) -> np.float32:
+    return np.float32(max(damping, 1e-6))
 
 
 def _columns(rows: NDArray[Any], blocks: int) -> NDArray[Any]:
@@ -87,12 +91,14 @@ def _rows(columns: NDArray[Any]) -> NDArray[Any]:
     return columns.swapaxes(1, 2).reshape(-1, columns.shape[1])
 
 
-def _chosen(rows: Values, h: Values, choice: Choice) -> Mask:
-    """The zeros that the alternation ends with."""
+def _chosen(rows: Values, h: Values, choice: Choice, added: np.float32) -> Mask:
+    """The zeros that the alternation ends with. added: what H's diagonal has more than it had."""
     blocks = len(h)
-    root = np.sqrt(np.einsum("bii->bi", h))
+    diagonal = np.einsum("bii->bi", h)
+    root = np.sqrt(diagonal)
     scaled = h / (root[:, :, None] * root[:, None, :])
-    w = _columns(rows, blocks) * root[..., None]
+    is_seen = (diagonal > added)[..., None]
+    w = np.where(is_seen, _columns(rows, blocks) * root[..., None], np.float32(0))
     top = float(np.abs(w).max(initial=0)) or 1.0
     w = w / np.float32(top)
     bend, turn = np.linalg.eigh(scaled)
