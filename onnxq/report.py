@@ -163,9 +163,15 @@ class Report:
         listed = ", ".join(f"{rule} {count}" for rule, count in done.items())
         print_rows(console, [("passes", listed or "nothing was changed")])
 
+    @property
+    def _stays_float(self) -> bool:
+        """Whether the recipe prunes or factorizes, and means to stay in floats."""
+        plan = self.plan
+        return not plan.is_quantizing and (plan.is_pruning or plan.changes_work)
+
     def _print_floats(self, console: Console) -> None:
         layers = sorted(self.float_layers(), key=lambda layer: -layer["share"])
-        if not layers or (self.plan.is_pruning and not self.plan.is_quantizing):
+        if not layers or self._stays_float:
             return  # a recipe that stays in floats
         console.print(f"layers that compute in floats: {len(layers)}")
         for layer in layers[:SHOWN]:

@@ -39,6 +39,7 @@ from onnxq.passes.ops import is_constant
 from onnxq.targets import Target, is_here
 
 NAME = "factorize_weights"
+OPERATORS = ("MatMul", "Gemm", "Conv")
 MULTIPLE = 8  # of ranks, where a smaller one saves less than it costs kernels
 SECONDS = 0.4  # for timing one layer
 Factors = tuple[NDArray[np.float32], NDArray[np.float32]]
@@ -105,9 +106,8 @@ class _Work:
         samples = options.samples
         is_real = samples is not None and len(samples) > 0 and not samples.synthetic
         self.samples = samples if is_real else None
-        feed = {} if self.samples is None else next(iter(self.samples))
         model.infer_shapes()
-        self.shapes = model.shapes_for({name: np.shape(v) for name, v in feed.items()})
+        self.shapes = self._shapes()
 
     def run(self) -> list[Note]:
         notes = []
@@ -122,10 +122,34 @@ class _Work:
             self.model.sweep()
         return notes
 
+    def _shapes(self) -> Mapping[str, Sequence[int]]:
+        """Shapes of what layers multiply with their weights: seen on the first sample, or inferred.
+
+        Inference does not know what depends on values.
+        """
+        if self.samples is None:
+            return self.model.shapes_for({})
+        feed = next(iter(self.samples))
+        model, main = self.model, self.model.graph
+        nodes = [node for node in model.nodes(*OPERATORS) if model.graph_of(node) is main]
+        known = self.model.shapes_for({name: np.shape(v) for name, v in feed.items()})
+        asked = {n.inputs[0].name for n in nodes} - {*known}
+        if not asked or sum(model.weight_sizes()) > runtime.LARGE:
+            return known
+        proto = self.model.to_proto()
+        for i, name in enumerate(sorted(asked)):
+            proto.graph.node.add(op_type="Shape", input=[name], output=[f"{name}#{i}"])
+            info = onnx.helper.make_tensor_value_info(f"{name}#{i}", onnx.TensorProto.INT64, [None])
+            proto.graph.output.append(info)
+        with runtime.blames_sample(0):
+            found = runtime.run(runtime.session(proto), feed)
+        seen = {n: [int(d) for d in found[f"{n}#{i}"]] for i, n in enumerate(sorted(asked))}
+        return {**known, **seen}
+
     def _seen(self) -> Iterator[tuple[_Task, Seen | Skip | None]]:
         """Each layer with what its weight is multiplied with; None without samples."""
         tasks, dense = [], Layers.parse(self.options.layers).dense(self.model)
-        for node in self.model.nodes("MatMul", "Gemm", "Conv"):
+        for node in self.model.nodes(*OPERATORS):
             held = next((h for h in held_by(node) if h.index == 1), None)
             if held is None or not is_constant(node.inputs[1]):
                 continue

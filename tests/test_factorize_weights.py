@@ -205,3 +205,18 @@ def test_small_weights_are_not_looked_at_and_options_are_checked() -> None:
     assert not FactorizeWeights(smallest=10**6)(Model.from_proto(layer("Gemm", GOOD)))
     with pytest.raises(ValueError, match="gain is from 0 to 1"):
         FactorizeWeights(gain=2)
+
+
+def test_shapes_that_depend_on_values_are_seen_on_a_sample() -> None:
+    proto = parser.parse_model("""
+        <ir_version: 8, opset_import: ["": 17]> g (float[N,256] x, int64[2] s) => (float[a,b] y)
+        { r = Reshape(x, s) y = MatMul(r, w) }""")
+    proto.graph.initializer.append(numpy_helper.from_array(low(256, 256, 8), "w"))
+    x = RNG.standard_normal((32, 16, 256)).astype(np.float32)
+    s = np.tile(np.array([16, 256]), (32, 1))
+    feeds = [{"x": a, "s": b} for a, b in zip(x, s, strict=True)]
+    samples = open_samples(lambda: iter(feeds), Model.from_proto(proto))
+    (note,) = FactorizeWeights(samples=samples)(Model.from_proto(proto))
+    assert "not known" not in note.text
+    (blind,) = FactorizeWeights()(Model.from_proto(proto))
+    assert "not known" in blind.text
