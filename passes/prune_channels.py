@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from onnxq.core import Note
 from onnxq.data import Samples
@@ -26,6 +26,7 @@ from onnxq.passes.unit_plans import Aims, Pruning
 from onnxq.targets import Target
 
 NAME = "prune_channels"
+SHARE = 0.3  # of the multiply-accumulates
 Criterion = Literal["auto", "norm", "activation", "reconstruction"]
 
 
@@ -33,18 +34,18 @@ Criterion = Literal["auto", "norm", "activation", "reconstruction"]
 class PruneChannels:
     """Remove channels until a share of the work, the size or the time is saved.
 
-    Exactly one of: amount, the same share of the units of every group; macs, a share of the
+    One of: amount, the same share of the units of every group; macs, a share of the
     multiply-accumulates; size, of the bytes of all weights; latency, of the time that onnxruntime
-    takes, measured. All are shares that go, from 0 to below 1. For the last three each group loses
-    what costs the model's outputs least for what it saves.
+    takes, measured. All are shares that go, from 0 to below 1; none: macs 0.3. For the last three
+    each group loses what costs the model's outputs least for what it saves.
 
     criterion: which units go first: "norm", those of the smallest weights; "activation", those
     whose values vary least, times the weights that read them; "reconstruction", those for which
     the others make up best; "auto" is that with samples of real data, and norm without.
-    compensation: layers behind make up for what goes (with samples). multiple: of how many units
-    a group keeps; 0: what the target's kernels like. least: groups with a smaller share of the
-    work stay. memory_mb: of what is observed at once. layers: overrides; a layer that is to be
-    dense keeps all that it makes.
+    compensation: layers behind make up for what goes (with samples). multiple: of how many channels
+    a group keeps; none: what the target's kernels like, where that costs little. least: groups with
+    a smaller share of the work stay. memory_mb: of what is observed at once. layers: overrides; a
+    layer that is to be dense keeps all that it makes.
     """
 
     amount: float | None = None
@@ -53,7 +54,7 @@ class PruneChannels:
     latency: float | None = None
     criterion: Criterion = "auto"
     compensation: bool = True
-    multiple: int = 0
+    multiple: int | None = None
     least: float = 0.002
     memory_mb: int = 1024
     layers: tuple[str, ...] = ()
@@ -62,11 +63,15 @@ class PruneChannels:
     progress: Callable[[int], None] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if sum(value is not None for value in self._wishes) != 1:
-            raise RecipeError(f"{NAME} wants one of amount, macs, size and latency")
+        if sum(value is not None for value in self._wishes) > 1:
+            raise RecipeError(f"{NAME} takes one of amount, macs, size and latency")
+        if self.criterion not in get_args(Criterion):
+            listed = ", ".join(get_args(Criterion))
+            raise RecipeError(f"{NAME}: unknown criterion {self.criterion!r}: one of {listed}")
         if not all(value is None or 0 <= value < 1 for value in self._wishes):
             raise RecipeError(f"{NAME}: what is saved is a share from 0 to below 1")
-        require_range("multiple", self.multiple, 0)
+        if self.multiple is not None and self.multiple < 1:
+            raise RecipeError(f"multiple is a number of channels from 1 on, not {self.multiple}")
         require_range("least", self.least, 0, 1)
         require_range("memory_mb", self.memory_mb, 1)
         Layers.parse(self.layers)
@@ -102,9 +107,10 @@ class PruneChannels:
             return list(found.held)
         names = frozenset(node.name for node in model.nodes() if id(node) in dense)
         costs = None if self.target is None else self.target.costs
+        is_open = all(value is None for value in self._wishes)
         aims = Aims(
-            self.amount, self.macs, self.size, self.latency, self.multiple, self.least,
-            1 if costs is None else costs.block,
+            self.amount, SHARE if is_open else self.macs, self.size, self.latency, self.multiple,
+            self.least, 1 if costs is None else costs.block,
         )  # fmt: skip
         pruning = Pruning(
             NAME, model, found, aims, names, self.criterion, self.compensation, self.samples,

@@ -27,9 +27,9 @@ from onnxq.graphs import DEFAULT_DOMAIN, sort
 from onnxq.model import Model
 from onnxq.passes.channels import from_matrices, matrices
 from onnxq.passes.linear import LINEAR
-from onnxq.passes.removal_edits import EDITS, Editor, Masks
+from onnxq.passes.removal_edits import EDITS, Editor, Masks, reorder
 from onnxq.passes.sizes import Sizes
-from onnxq.passes.unit_labels import FIXED, Block, Cut, Layer, Marks, Net
+from onnxq.passes.unit_labels import FIXED, Block, Cut, Layer, Marks, Net, Shuffle
 from onnxq.passes.unit_layers import GATES, LAYERS, is_layer
 from onnxq.passes.unit_rules import RULES
 
@@ -51,6 +51,7 @@ class Structure:
     group_of: Marks
     tensors: dict[int, tuple[gs.Tensor, Block]]
     cuts: tuple[Cut, ...]
+    shuffles: tuple[Shuffle, ...]
     held: tuple[Note, ...]
     sizes: Sizes
 
@@ -58,6 +59,12 @@ class Structure:
     def count(self) -> int:
         """How many units there are."""
         return len(self.group_of)
+
+    def width(self, group: int) -> int:
+        """Rows of a weight that a unit of the group is: 1, or the size of a head, of a group ..."""
+        unit = int(self.groups[group][0])
+        counts = [int((v.outputs == unit).sum()) for v in self.layers if not v.is_depthwise]
+        return min(c for c in counts if c)
 
     def producers(self, group: int) -> list[Layer]:
         """The layers that make units of a group."""
@@ -226,6 +233,7 @@ class _Finish:
             np.repeat(np.arange(len(groups)), [len(g) for g in groups]).astype(np.int64),
             {k: (t, named(b)) for k, (t, b) in net.blocks.items()},
             tuple(Cut(c.node, c.index, named(c.block)) for c in net.cuts),
+            tuple(net.shuffles),
             tuple(self.notes(layers)),
             net.sizes,
         )
@@ -276,6 +284,8 @@ def remove(model: Model, found: Structure, keep: NDArray[np.bool_], rule: str) -
     for node in model.nodes(*EDITS):
         if any(edit.of(t) for t in (*node.inputs, *node.outputs)):
             EDITS[node.op](edit, node)
+    for shuffle in found.shuffles:
+        reorder(edit, shuffle)
     for (node, index), masks in _together(edit, found.cuts).items():
         edit.cut(node, index, masks)
     for tensor, block in found.tensors.values():
@@ -305,7 +315,10 @@ def _shrink(model: Model, tensor: gs.Tensor, masks: Masks) -> None:
         return
     if tensor.shape is not None:
         counts = {axis: int(mask.sum()) for axis, mask in masks.items()}
-        tensor.shape = [counts.get(axis, d) for axis, d in enumerate(tensor.shape)]
+        tensor.shape = [
+            d if axis not in counts else counts[axis] if isinstance(d, int) else None
+            for axis, d in enumerate(tensor.shape)
+        ]
     known = model.moments.get(tensor.name)
     mask = next(iter(masks.values()))
     if known is not None:

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from onnxq.model import Model, readers, values_of
 from onnxq.passes.ops import is_constant
-from onnxq.passes.size_algebra import target_of
 from onnxq.passes.sizes import Sizes
-from onnxq.passes.unit_labels import Block
+from onnxq.passes.unit_labels import Block, Shuffle
+from onnxq.passes.unit_moves import smaller_target
 
 Masks = dict[int, NDArray[np.bool_]]  # what stays along an axis
 
@@ -60,7 +60,7 @@ class Editor:
     def cut(self, node: gs.Node, index: int, masks: Masks) -> None:
         """Give the node a constant of its own without what goes; one for all with the same cut."""
         tensor = node.inputs[index]
-        shape = list(tensor.shape)
+        shape = np.shape(values_of(tensor))  # type: ignore[arg-type]
         used = {a: m for a, m in sorted(masks.items()) if a >= 0 and shape[a] == m.size}
         if not used:
             return
@@ -127,8 +127,8 @@ def _reshape(edit: Editor, node: gs.Node) -> None:
         return
     if "shape" not in node.attrs and not is_constant(node.inputs[1]):
         out = list(edit.sizes.shape(node.outputs[0]) or [])
-        result = [new.get(i, d) for i, d in enumerate(out)]
-        target = target_of([into.get(i, d) for i, d in enumerate(was)], result)
+        now = [into[i] if i in into and isinstance(d, int) else d for i, d in enumerate(was)]
+        target = smaller_target(now, out, new)
     if target is None:
         edit.set_numbers(node, 1, "shape", changed)
         return
@@ -248,6 +248,19 @@ def _is_aside(node: gs.Node, delta: NDArray[np.int64]) -> bool:
     """Whether a Gather takes none of the sizes that changed."""
     index = values_of(node.inputs[1]) if node.op == "Gather" else None
     return index is not None and not delta[index].any()
+
+
+def reorder(edit: Editor, shuffle: Shuffle) -> None:
+    """A channel shuffle of what stays is a Gather."""
+    mask = edit.of(shuffle.data).get(shuffle.axis)
+    if mask is None:
+        return
+    order = (np.cumsum(mask) - 1)[shuffle.order[mask[shuffle.order]]]
+    index = edit.model.constant(f"{shuffle.node.name}_order", order.astype(np.int64))
+    shuffle.node.op = "Gather"
+    shuffle.node.attrs.clear()
+    shuffle.node.attrs["axis"] = shuffle.axis
+    shuffle.node.inputs = [shuffle.data, index]
 
 
 EDITS: dict[str, Callable[[Editor, gs.Node], None]] = {

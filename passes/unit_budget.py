@@ -150,7 +150,7 @@ def allotted(work: Work, curves: Sequence[Curve], share: float, block: int = 1) 
     return removed
 
 
-def even(sizes: Counts, amount: float, multiple: int = 1) -> Counts:
-    """A share of the units of each group; what is kept is rounded up to a multiple, or is all."""
-    kept = np.maximum(sizes - np.floor(amount * sizes + 1e-9).astype(np.int64), 1)
-    return np.asarray(sizes - np.minimum(-(-kept // multiple) * multiple, sizes))
+def even(size: int, amount: float, multiple: int = 1) -> int:
+    """How many units of a group go; what is kept is rounded up to a multiple, or is all."""
+    kept = max(1, size - int(amount * size + 1e-9))
+    return size - min(size, -(-kept // multiple) * multiple)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import gcd
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -19,7 +21,7 @@ def norms(found: Structure) -> NDArray[np.float64]:
         if layer.is_depthwise or not (layer.outputs != STAYS).any():
             continue
         weight = weight_matrix(layer, np.asarray(values_of(layer.node.inputs[layer.index])))
-        squares = np.square(weight, dtype=np.float64).mean((2, 3))
+        squares = np.einsum("goip,goip->go", weight, weight, dtype=np.float64)
         mean = squares.mean() or 1.0
         is_unit = layer.outputs != STAYS
         np.add.at(total, layer.outputs[is_unit], squares[is_unit] / mean)
@@ -32,12 +34,14 @@ def choose(
 ) -> NDArray[np.bool_]:
     """Keep the units with the highest scores, the same share of each group; ties by number.
 
-    multiple: of how many units a group keeps, rounded up; a group that has fewer keeps all of them.
+    multiple: of how many channels layers keep of a group, rounded up; a group that has fewer keeps
+    all of them. A head is as many channels as it is wide.
     """
     keep = np.ones(found.count, np.bool_)
-    for group in found.groups:
+    for number, group in enumerate(found.groups):
         left = max(1, len(group) - int(amount * len(group) + 1e-9))
-        left = min(len(group), -(-left // multiple) * multiple)
+        step = multiple // gcd(multiple, found.width(number))
+        left = min(len(group), -(-left // step) * step)
         order = np.argsort(scores[group], kind="stable")
         keep[group[order[: len(group) - left]]] = False
     return keep

@@ -31,7 +31,8 @@ Marks = NDArray[np.int64]
 class Block:
     """Labels along some axes of a tensor (ascending, not negative): one dimension for each.
 
-    What the labels become in a finished structure: units, -1 for what stays.
+    What the labels become in a finished structure: units, -1 for what stays. Along an axis of free
+    size, [batch * heads, time, size], they are those of the inner part, repeated.
     """
 
     axes: tuple[int, ...]
@@ -88,6 +89,19 @@ class Layer:
         return bool(groups > 1 and inputs == 1)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Shuffle:
+    """A Reshape that ends Reshape, Transpose, Reshape: channels in another order, and no more.
+
+    y[.., i, ..] = data[.., order[i], ..] along an axis.
+    """
+
+    node: gs.Node
+    data: gs.Tensor
+    axis: int
+    order: Marks
+
+
 @dataclass(slots=True)
 class Net:
     """What is known while the nodes are gone through."""
@@ -99,6 +113,7 @@ class Net:
     blocks: dict[int, tuple[gs.Tensor, Block]] = field(default_factory=dict)
     cuts: list[Cut] = field(default_factory=list)
     layers: list[Layer] = field(default_factory=list)
+    shuffles: list[Shuffle] = field(default_factory=list)
     declined: dict[int, tuple[gs.Node, str]] = field(default_factory=dict)
 
     def new(self, count: int) -> Marks:
@@ -175,19 +190,19 @@ class Net:
                 block = self.drop(block, axis, reason)
         return block
 
-    def take(self, tensor: gs.Tensor, axis: int, size: int) -> Marks | None:
+    def take(self, node: gs.Node, axis: int, size: int) -> Marks | None:
         """The labels that a layer reads along an axis; all others go together, or stay."""
-        block = self.of(tensor)
+        block, who = self.of(node.inputs[0]), f"{node.name} ({node.op})"
         if block is None:
             return None
         if axis not in block.axes:
-            self.hold(block, "a layer reads it along another axis")
+            self.hold(block, f"{who} reads it along another axis")
             return None
-        block = self.only(block, (axis,), "a layer reads it along several axes")
+        block = self.only(block, (axis,), f"{who} reads it along several axes")
         if block is None:
             return None
         if block.labels.size != size:
-            self.hold(block, "a layer reads it that does not fit")
+            self.hold(block, f"{who} has a weight that does not fit it")
             return None
         return block.labels
 
@@ -235,15 +250,19 @@ def merged(net: Net, node: gs.Node, operands: Sequence[Operand], out: Shape) -> 
         block = operand.block
         for axis in () if block is None else block.axes:
             if operand.dims[axis] != out[axis]:
-                block = net.drop(block, axis, "it is repeated along its channels")
+                why = f"{node.name} ({node.op}) repeats it along its channels"
+                block = net.drop(block, axis, why)
         if block is not None:
             known.append((operand, block))
     if not known:
         return None
     axes = sorted({a for _, block in known for a in block.axes})
-    dims = [d for a in axes if isinstance(d := out[a], int)]
-    if len(dims) < len(axes):
-        raise Skip("the size of its channels is not known")
+    dims = [max(block.dim(a) for _, block in known if a in block.axes) for a in axes]
+    for _, block in known:
+        for a, d in zip(axes, dims, strict=True):
+            is_other = isinstance(out[a], int) and out[a] != d
+            if is_other or (a in block.axes and block.dim(a) != d):
+                raise Skip("the size of its channels is not known")
     first = net_labels = None
     for operand, block in known:
         own = [d if operand.dims[a] == out[a] else 1 for a, d in zip(axes, dims, strict=True)]
@@ -251,7 +270,8 @@ def merged(net: Net, node: gs.Node, operands: Sequence[Operand], out: Shape) -> 
         if first is None:
             first = net_labels = labels
         else:
-            net.join(first, labels, "it is combined with channels that stay")
+            why = f"{node.name} ({node.op}) combines it with channels that stay"
+            net.join(first, labels, why)
     assert net_labels is not None
     result: Block | None = Block(tuple(axes), np.array(net_labels))
     labelled = {id(operand) for operand, _ in known}

@@ -80,14 +80,14 @@ def _conv(net: Net, node: gs.Node) -> None:
     is_conv, groups = node.op == "Conv", int(node.attrs.get("group", 1))
     inputs = shape[1] * groups if is_conv else shape[0]
     outputs = shape[0] if is_conv else shape[1] * groups
-    taken = net.take(node.inputs[0], 1, inputs)
+    taken = net.take(node, 1, inputs)
     known = np.full(inputs, FIXED) if taken is None else taken
     split = known.reshape(groups, -1)
     if groups == inputs > 1:
         out = np.repeat(known, outputs // groups)
         net.cuts.append(_cut(node, 1, 0, out if is_conv else known))
     else:
-        why = "its channels go with those of other groups, which stay"
+        why = f"{node.name} ({node.op}) reads it in groups, and others of them stay"
         net.join(split[:1], split, why)
         out = np.tile(net.new(outputs // groups), groups)
         per_group = out[: outputs // groups]
@@ -113,13 +113,14 @@ def _matrix(net: Net, node: gs.Node) -> None:
     outputs, inputs = shape if is_turned else shape[::-1]
     has_bias = _bias(net, node, 2)
     rank = len(net.shape(node.inputs[0]))
-    taken = net.take(node.inputs[0], rank - 1, inputs)
+    taken = net.take(node, rank - 1, inputs)
     known = np.full(inputs, FIXED) if taken is None else taken
     out = net.new(outputs)
     net.cuts.append(_cut(node, 1, 0 if is_turned else 1, out))
     net.cuts.append(_cut(node, 1, 1 if is_turned else 0, known))
-    if has_bias and list(node.inputs[2].shape)[-1:] == [outputs]:
-        net.cuts.append(_cut(node, 2, len(node.inputs[2].shape) - 1, out))
+    bias = np.shape(values_of(node.inputs[2])) if has_bias else ()  # type: ignore[arg-type]
+    if bias[-1:] == (outputs,):
+        net.cuts.append(_cut(node, 2, len(bias) - 1, out))
     _add(net, Layer(node, 1, known[None], out[None]))
     net.give(node.outputs[0], Block((rank - 1,), out))
 
@@ -147,7 +148,7 @@ def _recurrent(net: Net, node: gs.Node) -> None:
     for index in (3, 7):
         _bias(net, node, index)
     layout = node.attrs.get("layout", 0)
-    taken = net.take(node.inputs[0], 2, w[2])
+    taken = net.take(node, 2, w[2])
     known = np.full(w[2], FIXED) if taken is None else taken
     units = net.new(hidden)
     net.cuts += [_cut(node, 1, 1, np.tile(units, gates)), _cut(node, 1, 2, known)]

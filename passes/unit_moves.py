@@ -11,8 +11,8 @@ import onnx_graphsurgeon as gs
 from onnxq.core import Skip
 from onnxq.model import values_of
 from onnxq.passes.ops import is_constant
-from onnxq.passes.size_algebra import Shape, product
-from onnxq.passes.unit_labels import MOST, Block, Net
+from onnxq.passes.size_algebra import Shape, Size, parted, product, target_of
+from onnxq.passes.unit_labels import Block, Net, Shuffle
 
 Move = Callable[[Net, gs.Node], Sequence[Block | None]]
 
@@ -32,43 +32,119 @@ def segments(one: Shape, other: Shape) -> list[tuple[range, range]]:
     return found
 
 
+def _shuffled(net: Net, node: gs.Node, block: Block) -> bool:
+    """Whether the node begins a channel shuffle; labels are given to what it ends with.
+
+        [n, g c, ..] -> Reshape [n, g, c, ..] -> Transpose [n, c, g, ..] -> Reshape [n, c g, ..]
+
+    Units need not be alike in each of the g groups then: the shuffle becomes a Gather.
+    """
+    chain = [node]
+    for op in ("Transpose", "Reshape"):
+        (tensor,) = chain[-1].outputs
+        users = list(tensor.outputs)
+        if len(users) != 1 or users[0].op != op or net.model.is_output(tensor):
+            return False
+        if users[0].inputs[0] is not tensor or users[0].domain:
+            return False
+        chain.append(users[0])
+    source, folded = net.shape(node.inputs[0]), net.shape(node.outputs[0])
+    out = chain[2].outputs[0]
+    (at, *others), size = block.axes, block.labels.size
+    if (
+        others
+        or source != net.shape(out)
+        or net.model.graph_of(node) is not net.model.graph_of(chain[2])
+    ):
+        return False
+    inner = folded[at : at + 2]
+    if folded[:at] != source[:at] or len(inner) < 2 or product(inner) != size:
+        return False
+    swapped = [*range(at), at + 1, at, *range(at + 2, len(folded))]
+    if list(chain[1].attrs.get("perm", range(len(folded))[::-1])) != swapped:
+        return False
+    order = np.arange(size).reshape(_ints(folded, (at, at + 1))).T.reshape(-1)
+    net.shuffles.append(Shuffle(chain[2], node.inputs[0], at, order))
+    net.give(out, Block((at,), block.labels[order]))
+    return True
+
+
 def _reshape(net: Net, node: gs.Node) -> Sequence[Block | None]:
     """Labels are folded and unfolded with the axes that they are along."""
     source, out = net.shape(node.inputs[0]), net.shape(node.outputs[0])
     block = net.of(node.inputs[0])
-    parts = segments(source, out)
-    for before, behind in parts:
-        free = [
-            s
-            for s in (*(source[a] for a in before), *(out[a] for a in behind))
-            if not isinstance(s, int)
-        ]
-        if free:
-            for axis in before:
-                why = f"{node.name} ({node.op}) mixes it with an axis of free size"
-                block = net.drop(block, axis, why)
+    if block is not None and node.op == "Reshape" and _shuffled(net, node, block):
+        return [None]
+    touched: list[tuple[range, range, list[int], list[int]]] = []
+    for before, behind in segments(source, out):
+        if block is None or not set(before) & set(block.axes):
+            continue
+        dims = _lined([source[a] for a in before], [out[a] for a in behind])
+        if dims is not None:
+            touched.append((before, behind, *dims))
+            continue
+        for axis in before:
+            why = f"{node.name} ({node.op}) mixes it with an axis of free size"
+            block = net.drop(block, axis, why)
     if block is None:
         return [None]
-    touched = [(b, c) for b, c in parts if any(a in block.axes for a in b)]
-    axes = [a for before, _ in touched for a in before]
-    labels = block.over(axes, _ints(source, axes))
-    made = [a for _, behind in touched for a in behind]
-    dims = _ints(out, made)
-    if not made or 0 in dims:
+    touched = [entry for entry in touched if set(entry[0]) & set(block.axes)]
+    axes = [a for before, *_ in touched for a in before]
+    labels = block.over(axes, [d for _, _, dims, _ in touched for d in dims])
+    made = [a for _, behind, *_ in touched for a in behind]
+    shape = [d for *_, dims in touched for d in dims]
+    if not made or 0 in shape:
         raise Skip("its one channel loses its axis")
-    if prod(dims) != labels.size:
+    if prod(shape) != labels.size:
         raise Skip("its sizes are not known")
-    return [simplified(Block(tuple(made), labels.reshape(dims)))]
+    result = simplified(Block(tuple(made), labels.reshape(shape)))
+    _check_target(net, node, result)
+    return [result]
+
+
+def _lined(before: Shape, behind: Shape) -> tuple[list[int], list[int]] | None:
+    """Sizes of axes that are reshaped, without a free size that stays in front; None for others.
+
+    [batch, heads * size] becomes [batch * heads, size]: labels of [heads * size] and [heads, size].
+    """
+    if not before or not behind:
+        return [int(d) for d in before], [int(d) for d in behind]
+    (one, free), (other, same) = parted(before[0]), parted(behind[0])
+    rest = *before[1:], *behind[1:]
+    if free != same or any(not isinstance(d, int) for d in rest):
+        return None
+    return [one, *(int(d) for d in before[1:])], [other, *(int(d) for d in behind[1:])]
+
+
+def _check_target(net: Net, node: gs.Node, block: Block) -> None:
+    """Raise Skip where the target of a Reshape could not be written with other sizes."""
+    if node.op != "Reshape" or "shape" in node.attrs or is_constant(node.inputs[1]):
+        return
+    source, out = net.shape(node.inputs[0]), net.shape(node.outputs[0])
+    if smaller_target(source, out, dict.fromkeys(block.axes, 2)) is not None:
+        return
+    known = net.sizes.values(node.inputs[1])
+    if known is None or any(not isinstance(known[a], int) for a in block.axes):
+        raise Skip("its target is computed")
+
+
+def smaller_target(source: Shape, out: Shape, new: dict[int, int]) -> list[int] | None:
+    """A constant target for a Reshape whose result has other sizes; None where there is none."""
+    result: list[Size | None] = [
+        d if i not in new else new[i] if isinstance(d, int) else f"{d}, less"
+        for i, d in enumerate(out)
+    ]
+    return target_of(source, result)
 
 
 def _ints(shape: Shape, axes: Sequence[int]) -> list[int]:
     found = [d for a in axes if isinstance(d := shape[a], int)]
-    if len(found) < len(axes) or prod(found) > MOST:
+    if len(found) < len(axes):
         raise Skip("the size of its channels is not known")
     return found
 
 
-def simplified(block: Block) -> Block | None:
+def simplified(block: Block) -> Block:
     """Without axes along which labels are the same everywhere."""
     axes, labels = list(block.axes), block.labels
     for axis in block.axes:
@@ -122,6 +198,7 @@ def _pad(net: Net, node: gs.Node) -> Sequence[Block | None]:
         ends = int(pads[axis]), int(pads[axis + rank])
         if not any(ends):
             continue
+        _ints(net.shape(node.inputs[0]), (axis,))
         if len(block.axes) > 1 or min(ends) < 0 or node.attrs.get("mode", "constant") != "constant":
             raise Skip("it pads channels")
         front, back = (net.new(n) for n in ends)
@@ -158,6 +235,7 @@ def _slice(net: Net, node: gs.Node) -> Sequence[Block | None]:
     labels = block.labels
     for at, axis in enumerate(block.axes):
         if axis in axes:
+            _ints(net.shape(node.inputs[0]), (axis,))
             i = axes.index(axis)
             if steps[i] != 1:
                 raise Skip("it takes every so many channels")
@@ -198,6 +276,7 @@ def _gather(net: Net, node: gs.Node) -> Sequence[Block | None]:
             block = net.drop(block, axis, f"{node.name} (Gather) takes single channels")
         else:
             at = block.axes.index(axis)
+            _ints(net.shape(node.inputs[0]), (axis,))
             return [Block(block.axes, block.labels.take(values.astype(np.int64), at))]
     if block is None:
         return [None]
@@ -232,18 +311,18 @@ def _tile(net: Net, node: gs.Node) -> Sequence[Block | None]:
 def _to_space(net: Net, node: gs.Node) -> Sequence[Block | None]:
     """Each new channel is made of block^2 old ones."""
     area = int(node.attrs["blocksize"]) ** 2
-    block = net.only(net.of(node.inputs[0]), (1,), "it is turned into space")
+    block = net.only(net.of(node.inputs[0]), (1,), f"{node.name} (DepthToSpace) is not along it")
     if block is None:
         return [None]
     is_crd = node.attrs.get("mode", "DCR") == "CRD"
     parts = block.labels.reshape((-1, area) if is_crd else (area, -1))
     rows = parts if is_crd else parts.T
-    net.join(rows[:, :1], rows, "it becomes space together with channels that stay")
+    net.join(rows[:, :1], rows, f"{node.name} (DepthToSpace) puts channels beside it that stay")
     return [Block((1,), rows[:, 0])]
 
 
 def _to_depth(net: Net, node: gs.Node) -> Sequence[Block | None]:
-    block = net.only(net.of(node.inputs[0]), (1,), "space is turned into it")
+    block = net.only(net.of(node.inputs[0]), (1,), f"{node.name} (SpaceToDepth) is not along it")
     area = int(node.attrs["blocksize"]) ** 2
     return [None if block is None else Block((1,), np.tile(block.labels, area))]
 

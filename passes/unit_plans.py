@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import gcd
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from onnxq.data import Samples
 from onnxq.errors import DataError
 from onnxq.model import Model
 from onnxq.passes.removal import Structure, remove, structure
-from onnxq.passes.unit_budget import Counts, Curve, Work, allotted, even
+from onnxq.passes.unit_budget import LANES, Counts, Curve, Work, allotted, even
 from onnxq.passes.unit_choice import norms
 from onnxq.passes.unit_curves import Ranker, Ranking, measured, stops_of
 from onnxq.passes.unit_readers import Reading, readings
@@ -28,6 +29,9 @@ LOOKED_AT = 64  # samples at most
 JUDGES = 16
 HALVINGS = 6  # of the share of work, in search of a size or a time
 SECONDS = 1.0  # of timing, each time
+COARSER = 2.0  # times the noise that counts may make which kernels like better
+ENOUGH = 0.85  # of the share that is saved has to be saved in blocks of channels, too
+NOTHING = "nothing makes up for what is removed without samples of real data: give --data"
 HOW = {
     "norm": "by the norm of weights",
     "activation": "by activations",
@@ -43,17 +47,20 @@ class Aims:
     macs: float | None
     size: float | None
     latency: float | None
-    multiple: int
+    multiple: int | None
     least: float
     block: int
 
-    def multiple_of(self, size: int) -> int:
-        """How many units of a group are worth keeping together."""
-        if self.multiple:
-            return self.multiple
-        if self.block == 1 or size < 8:
-            return 1
-        return 8 if size >= 4 * self.block else 4
+    def multiples(self, size: int, width: int) -> tuple[int, ...]:
+        """Of how many units a group may be left; width: channels of a unit.
+
+        One that is given, or what the target's kernels like, the finest first.
+        """
+        if self.multiple is not None or self.block == 1:
+            own = self.multiple or 1
+            return (own // gcd(own, width),)
+        wanted = (LANES, 2 * LANES, self.block)
+        return tuple(1 if size * width < 2 * step else step // gcd(step, width) for step in wanted)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +110,13 @@ class Pruning:
         outputs = {reading.name: reading.outputs for reading in found}
         kept = np.append(~gone, True)
         self._write({(n, i): v[kept[outputs[n]]] for (n, i), v in later.items()})
-        whole = f"{share:.1%} of multiply-accumulates removed, {HOW[criterion]}; {text}"
-        return [Note(self.rule, self.model.graph.name, whole), *notes]
+        name = self.model.graph.name
+        if trials is None:
+            notes.append(Note(self.rule, name, NOTHING, changed=False))
+            if self.aims.amount is not None:
+                return notes
+        whole = f"{share:.1%} of multiply-accumulates removed, {HOW[criterion]}{text}"
+        return [Note(self.rule, name, whole), *notes]
 
     def _nodes(self) -> dict[str, gs.Node]:
         return {node.name: node for node in self.model.nodes()}
@@ -130,14 +142,16 @@ class Pruning:
     ) -> str:  # fmt: skip
         """Fit what is left, in the copy; what that has brought."""
         if trials is None or samples is None:
-            return "nothing makes up for it without samples of real data: give --data"
+            return ""
         trials.switch_off(gone)
         before = trials.distance()
         if not self.compensation:
-            return f"outputs within {before.db:.1f} dB on held-out samples, nothing makes up for it"
+            return (
+                f"; outputs within {before.db:.1f} dB on held-out samples, nothing makes up for it"
+            )
         count = repair(trials, found, gone, samples, self.memory, self.progress)
         after = trials.distance()
-        text = f"outputs within {after.db:.1f} dB on held-out samples, {before.db:.1f} dB before"
+        text = f"; outputs within {after.db:.1f} dB on held-out samples, {before.db:.1f} dB before"
         if after.noise < before.noise:
             return f"{text} {count} layers were fitted anew"
         trials.reset()
@@ -186,13 +200,7 @@ class Pruning:
         samples: Samples | None,
     ) -> dict[int, Ranking]:  # fmt: skip
         scores = norms(self.found)
-        sizes = [len(g) for g in self.found.groups]
-        multiples = [self.aims.multiple_of(size) for size in sizes]
-        stops = [stops_of(n, m) for n, m in zip(sizes, multiples, strict=True)]
-        if self.aims.amount is not None:
-            wanted = [int(even(np.array([n]), self.aims.amount, self.aims.multiple or 1)[0])
-                      for n in sizes]  # fmt: skip
-            stops = [(n,) if n else () for n in wanted]
+        stops = self._stops()
         is_real = samples is not None and not samples.synthetic
         if samples is None or not is_real or (criterion == "norm" and not self.compensation):
             return {
@@ -204,6 +212,20 @@ class Pruning:
             self.model, self.found, found, fitted, criterion, self.compensation, self.memory
         )
         return ranker.rank(groups, scores, stops)
+
+    def _stops(self) -> list[tuple[int, ...]]:
+        """For each group, how many of its units may go."""
+        aims, found = self.aims, list[tuple[int, ...]]()
+        for number, group in enumerate(self.found.groups):
+            size, width = len(group), self.found.width(number)
+            if aims.amount is not None:
+                own = aims.multiple or 1
+                gone = even(size, aims.amount, own // gcd(own, width))
+                found.append((gone,) if gone else ())
+                continue
+            wanted = {n for m in aims.multiples(size, width) for n in stops_of(size, m)}
+            found.append(tuple(sorted(wanted)))
+        return found
 
     def _guessed(self, rankings: Mapping[int, Ranking]) -> dict[int, dict[int, float]]:
         """Curves without data: the share of the weights' squares that goes."""
@@ -225,18 +247,43 @@ class Pruning:
             for group, ranking in rankings.items():
                 removed[group] = max(ranking.stops, default=0)
             return removed
-        each = [curves.get(g, {}) for g in range(len(work.sizes))]
         if aims.macs is not None:
-            return allotted(work, each, aims.macs, aims.block)
-        low, high, best = 0.0, 1.0, np.zeros_like(work.sizes)
+            return self._allotted(work, curves, aims.macs)
+        low, high = 0.0, 1.0
         for _ in range(HALVINGS):
             share = (low + high) / 2
-            removed = allotted(work, each, share, aims.block)
-            if self._saves(rankings, removed, samples):
-                high, best = share, removed
+            if self._saves(rankings, self._allotted(work, curves, share), samples):
+                high = share
             else:
                 low = share
-        return best if best.any() else allotted(work, each, high, aims.block)
+        return self._allotted(work, curves, high)
+
+    def _allotted(self, work: Work, curves: Mapping[int, Curve], share: float) -> Counts:
+        """How many units go; of counts that kernels like where that costs little more.
+
+        Counts are the finer ones, as long as what they save in blocks is about what they save.
+        """
+        none = np.zeros_like(work.sizes)
+        best, least = none, np.inf
+        block = self.aims.block
+        for level in range(3 if self.aims.multiple is None and block > 1 else 1):
+            each = [self._at(curves.get(g, {}), g, level) for g in range(len(work.sizes))]
+            removed = allotted(work, each, share, block)
+            noise = sum(curves[g].get(n, 0.0) for g, n in enumerate(removed.tolist()) if n)
+            if level and (noise > COARSER * least or work.left(removed) > work.left(best) * 1.1):
+                continue
+            best, least = removed, min(least, noise)
+            saved = [1 - work.left(removed, b) / work.left(none, b) for b in (1, block)]
+            if saved[1] >= ENOUGH * saved[0]:
+                break
+        return best
+
+    def _at(self, curve: Curve, group: int, level: int) -> Curve:
+        """The points of a curve at which what is left is a multiple."""
+        size = len(self.found.groups[group])
+        multiples = self.aims.multiples(size, self.found.width(group))
+        step = multiples[min(level, len(multiples) - 1)]
+        return {stop: noise for stop, noise in curve.items() if (size - stop) % step == 0}
 
     def _saves(
         self, rankings: Mapping[int, Ranking], removed: Counts, samples: Samples | None

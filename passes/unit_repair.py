@@ -75,16 +75,30 @@ def _fitted(
     met = np.ascontiguousarray(x[:, keep])
     problem = Fitting(start, met[fitted], whole.part(fitted), has_bias=reading.bias is not None)
     judge = whole.part(judging)
-    best, least = (start, bias), judge.error(met[judging] @ start.T + bias)
-    for ridge in RIDGES:
-        found = problem.solve(ridge)
-        error = judge.error(met[judging] @ found[0].T + found[1])
-        if error < least:
-            best, least = found, error
+
+    def error(found: tuple[Rows, Rows]) -> float:
+        return judge.error(met[judging] @ found[0].T + found[1])
+
+    best = _best(problem, (start, bias), error)
     made = np.zeros_like(rows)
     made[:, keep] = best[0]
     trials.put(reading, made, None if reading.bias is None else best[1])
     return True
+
+
+def _best(
+    problem: Fitting, start: tuple[Rows, Rows], error: Callable[[tuple[Rows, Rows]], float]
+) -> tuple[Rows, Rows]:
+    """The fit of least error: of several ridges, and then with what stands behind the layer."""
+    best, least, chosen = start, error(start), RIDGES[0]
+    for ridge in RIDGES:
+        found = problem.solve(ridge, 1)
+        if (now := error(found)) < least:
+            best, least, chosen = found, now, ridge
+    if problem.aim.clamp is None or best is start:
+        return best
+    found = problem.solve(chosen)
+    return found if error(found) < least else best
 
 
 class _Sight:

@@ -49,7 +49,7 @@ def _dropout(net: Net, node: gs.Node) -> Sequence[Block | None]:
 def _pool(net: Net, node: gs.Node) -> Sequence[Block | None]:
     if any(t.outputs or net.model.is_output(t) for t in node.outputs[1:]):
         raise Skip("its indices are read")
-    return [net.only(net.of(node.inputs[0]), (0, 1), "pooling goes across it")]
+    return [net.only(net.of(node.inputs[0]), (0, 1), f"{node.name} ({node.op}) goes across it")]
 
 
 def _batchnorm(net: Net, node: gs.Node) -> Sequence[Block | None]:
@@ -66,7 +66,7 @@ def _with_vectors(net: Net, node: gs.Node, indices: Sequence[int]) -> Block | No
     """Constants of one value a channel, the second axis."""
     if any(not is_constant(node.inputs[i]) for i in indices):
         raise Skip("its parameters are not constant")
-    block = net.only(net.of(node.inputs[0]), (1,), f"{node.op} is not along it")
+    block = net.only(net.of(node.inputs[0]), (1,), f"{node.name} ({node.op}) is not along it")
     if block is not None:
         if any(list(node.inputs[i].shape) != [block.labels.size] for i in indices):
             raise Skip("its parameters are not one value a channel")
@@ -157,7 +157,9 @@ def _matmul(net: Net, node: gs.Node) -> Sequence[Block | None]:
             raise Skip("it multiplies with a vector")
         more = rank - len(shape)
         summed = len(shape) - (1 if index == 0 else 2)
-        block = net.drop(net.of(tensor), summed, f"{node.name} (MatMul) sums over its channels")
+        other = node.inputs[1 - index].name
+        why = f"{node.name} (MatMul) sums over its channels with {other}, which is computed"
+        block = net.drop(net.of(tensor), summed, why)
         dims = [*[1] * more, *shape]
         dims[rank - 2 :] = [out[-2], 1] if index == 0 else [1, out[-1]]
         if block is not None:  # the left operand's rows, the right one's columns
@@ -174,6 +176,11 @@ def _shape(net: Net, node: gs.Node) -> Sequence[Block | None]:
     """What reads sizes gets those that were (see removal_edits)."""
     if net.model.is_output(node.outputs[0]):
         raise Skip("its result is an output")
+    shape, block = net.shape(node.inputs[0]), net.of(node.inputs[0])
+    ends = slice(node.attrs.get("start", 0), node.attrs.get("end"))
+    read = range(len(shape))[ends]
+    if block is not None and any(not isinstance(shape[a], int) for a in block.axes if a in read):
+        raise Skip("a size is read that is a multiple of its channels")
     return [None]
 
 

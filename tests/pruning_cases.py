@@ -49,8 +49,11 @@ def compared(
     remove(model, found, keep, "test")
     result = model.to_proto()
     onnx.checker.check_model(result, full_check=True)
+    original = Model.from_proto(proto)
+    original.infer_shapes()
     for kind in ("input", "output"):
-        one, two = ([*map(str, getattr(p.graph, kind))] for p in (proto, result))
+        protos = (original.to_proto(), result)
+        one, two = ([*map(str, getattr(p.graph, kind))] for p in protos)
         assert one == two
     used = feeds if feeds is not None else list(synthetic_samples(Model.from_proto(proto), 2))
     exact = runtime.Client(runtime.session(zeroed(proto, keep), optimize="off"))

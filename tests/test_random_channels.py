@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 
 import numpy as np
 import onnx
@@ -24,7 +25,7 @@ class Network(Builder):
         self.rng = np.random.default_rng(seed)
 
     def weight(self, *shape: int, positive: bool = False) -> str:
-        values = self.rng.normal(0, 1, shape) / np.sqrt(max(np.prod(shape[1:]), 1))
+        values = self.rng.normal(0, 1, shape) / max(prod(shape[1:]), 1) ** 0.5
         return self.constant(np.abs(values) + 0.5 if positive else values, np.float32)
 
     def model(self, outputs: list[str]) -> onnx.ModelProto:
@@ -156,7 +157,7 @@ def shuffle(draw: Draw, b: Network, t: str) -> str:
     first = 0 if b.free else draw(st.sampled_from([0, n]))
     folded = b.add("Reshape", t, b.constant([first, groups, c // groups, h, w]))
     turned = b.add("Transpose", folded, perm=[0, 2, 1, 3, 4])
-    last = draw(st.sampled_from([[0, c, h, w], [0, -1, h, w]]))
+    last = draw(st.sampled_from([[0, c, h, w], [0, -1, h, w], [-1, c, h, w]]))
     return b.add("Reshape", turned, b.constant(last), shape=(n, c, h, w))
 
 

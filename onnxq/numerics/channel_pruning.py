@@ -30,7 +30,7 @@ Wide = NDArray[np.float64]
 
 DAMPING = 1e-3  # of the mean variance, added to each
 STEPS = 64  # in which units go, at most: then several at once
-SWEEPS = 8  # of targets moving behind a clamp
+SWEEPS = 6  # of targets moving behind a clamp
 
 
 @dataclass(slots=True)
