@@ -101,14 +101,18 @@ def test_where_there_is_no_clean_up() -> None:
 
 
 def test_zeros_and_integers_in_one() -> None:
-    found = with_amounts("sparse-int4", prune="70%")
-    assert found.passes == load_recipe("sparse-int4").passes
+    """Where a recipe has one sweep choose both, that is told how many."""
+    both = Recipe(
+        "both", "x", ("cleanup", "reconstruct_weights"), {"reconstruct_weights": {"amount": 0.5}}
+    )
+    found = with_amounts(both, prune="70%")
+    assert found.passes == both.passes
     assert found.options["reconstruct_weights"]["amount"] == 0.7
-    found = with_amounts("sparse-int4", nm="2:4", prune="0.5:obs")
-    assert found.options["reconstruct_weights"]["nm"] == "2:4"
-    assert "amount" not in found.options["reconstruct_weights"]
+    found = with_amounts(both, nm="2:4", prune="0.5:obs")
+    assert found.options["reconstruct_weights"] == {"nm": "2:4"}
+    assert found.is_pruning
     with pytest.raises(RecipeError, match="zeros and integers in one, by obs: --prune without"):
-        with_amounts("sparse-int4", prune="0.5:wanda")
+        with_amounts(both, prune="0.5:wanda")
 
 
 def test_all_that_a_recipe_chooses_from_prune() -> None:
