@@ -13,13 +13,14 @@ from numpy.typing import NDArray
 
 from onnxq.masks import zeros_of
 from onnxq.model import Model
-from onnxq.numerics.entropy import entropy_of
+from onnxq.numerics.entropy import entropy_of, excerpt, float_zeros
 from onnxq.passes.packed_weights import Stands, shape_of, stored_weights
 from onnxq.weights import Stored, bytes_in, values_in
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+WHOLE_FLOATS = 1 << 25  # bytes of floats up to which all zeros are counted
 ZEROS = 0.005  # share of zeros from which on people are told: less is chance, or rounding
 SHOWN = 8  # tensors that people see, the largest; machines get all
 
@@ -33,7 +34,7 @@ class StoredWeight:
     (MatMulInteger, ConvInteger: they stand behind it). bits: a weight, with the scales, zero points
     and codebook at it. entropy: of the stored numbers, in bits a weight, see
     `onnxq.numerics.entropy`; None where they are empty. zeros: share of the weights that are
-    exactly zero; None where that cannot be read.
+    exactly zero (of more than 32 MiB of floats, estimated by a part); None: it cannot be read.
     """
 
     name: str
@@ -109,11 +110,14 @@ def _rows(model: Model) -> Iterator[StoredWeight]:
             size_bytes=size,
             bits=8 * size / weights,
             entropy=each,
-            zeros=_zeros(stands),
+            zeros=_zeros(stands, raw, bits),
         )
 
 
-def _zeros(stands: Stands) -> float | None:
+def _zeros(stands: Stands, raw: NDArray[np.uint8], bits: int) -> float | None:
+    """The share of zeros; of many floats, in a part of them."""
+    if stands.form == "float" and raw.size > WHOLE_FLOATS and bits in (16, 32):
+        return float_zeros(excerpt(raw), bits)
     mask = zeros_of(stands)
     return None if mask is None else float(np.count_nonzero(mask) / max(1, mask.size))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -187,7 +186,6 @@ def test_recipes_without_quantization_stay_float() -> None:
         assert load_recipe(name).is_quantizing
         assert load_recipe(name).is_pruning
     assert not load_recipe("int4-accurate").is_pruning
-    assert not replace(load_recipe("sparse-int4"), options={}).is_pruning
 
 
 def test_slim_is_smaller_and_says_what_work_is_left(tmp_path: Path) -> None:
