@@ -38,6 +38,7 @@ from onnxq.weights import Weight, bytes_in, data_type_of, stored_size
 NAME = "sparsify_storage"
 Form = Literal["bitmap", "coo"]
 BITMAP_BYTES, COO_BYTES = 1400, 250  # of nodes and names, about
+LEAST = 1024  # bytes that are saved, or it is not worth the nodes
 INDEX = 8  # bytes of a coordinate
 COO_MOST = 1 << 24  # bytes of coordinates: they cannot be in a data file
 TELLING = 0.4  # share of zeros from which on it is said why a constant stays as it is
@@ -143,7 +144,7 @@ class _Work:
             return None
         form = min(sizes, key=sizes.__getitem__)
         before = bytes_in(constant)
-        if sizes[form] <= self.options.ratio * before:
+        if sizes[form] <= min(self.options.ratio * before, before - LEAST):
             return _Plan(constant, form, fill, others, sizes[form])
         zeros = 1 - others / values.size
         if zeros >= TELLING:

@@ -18,7 +18,8 @@ from onnxq.loading import load
 from onnxq.looking import compare
 from onnxq.model import Model
 from onnxq.passes import DequantizeModel, QuantizeStatic, QuantizeWeights, SparsifyStorage, cleanup
-from onnxq.passes.bitmaps import Bitmap
+from onnxq.passes.bitmaps import Bitmap, Tables, expanded, restored, spread_constant
+from onnxq.passes.encodings import Emitter
 from onnxq.targets import load_target
 from onnxq.testing import check
 from onnxq.weight_table import weight_table
@@ -315,3 +316,33 @@ def test_targets_name_forms_that_are_known(tmp_path: Path) -> None:
         load_target(str(tmp_path / "mine.toml"))
     assert not load_target("ort-mobile").sparse_weights
     assert load_target("ort-arm64").sparse_weights == ("bitmap", "coo")
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_weights_come_back(seed: int) -> None:
+    """Any shape, any share of zeros: what is written is what onnxruntime unpacks, to the bit."""
+    rng = np.random.default_rng(seed)
+    shape = tuple(int(d) for d in rng.integers(1, 40, rng.integers(1, 5)))
+    w = zeroed(shape, float(rng.random()), seed)
+    bitmap = Bitmap.of(w, np.float32(0))
+    np.testing.assert_array_equal(bitmap.dense(), w)
+    dims = ",".join(map(str, shape))
+    proto = parser.parse_model(
+        f'<ir_version: 8, opset_import: ["": 13]> g (float[{dims}] x) => (float[{dims}] y)'
+        "{ y = Add(x, w) }"
+    )
+    proto.graph.initializer.append(numpy_helper.from_array(w, "w"))
+    model = Model.from_proto(proto)
+    node = model.nodes("Add")[0]
+    on = Emitter(model, node, node.inputs[1])
+    node.inputs[1] = made = expanded(on, bitmap, Tables(model), keep=True)
+    constant = spread_constant(made)
+    assert constant is not None
+    np.testing.assert_array_equal(constant.values, w)
+    onnx.checker.check_model(model.to_proto(), full_check=True)
+    feed = {"x": np.zeros(shape, np.float32)}
+    for level in ("off", "all"):
+        found = runtime.run(runtime.session(model, optimize=level), feed)["y"]
+        np.testing.assert_array_equal(found, w)
+    assert len(restored(model)) == 1
+    assert [n.op for n in model.nodes()] == ["Add"]
