@@ -16,6 +16,7 @@ from onnxq.passes.drop_noops import drop_noops
 from onnxq.passes.drop_traces import drop_traces
 from onnxq.passes.drop_zero_states import drop_zero_states
 from onnxq.passes.equalize_layers import EqualizeLayers
+from onnxq.passes.factorize_weights import FactorizeWeights
 from onnxq.passes.fill_blocks import FillBlocks
 from onnxq.passes.fold_add import fold_add
 from onnxq.passes.fold_batchnorm import fold_batchnorm
@@ -50,6 +51,7 @@ from onnxq.passes.share_initializers import share_initializers
 from onnxq.passes.share_nodes import share_nodes
 from onnxq.passes.simplify_qdq import SimplifyQdq, simplify_qdq
 from onnxq.passes.smooth_activations import SmoothActivations
+from onnxq.passes.sparsify_storage import SparsifyStorage
 from onnxq.passes.split_units import split_units
 from onnxq.passes.widen_channels import WidenChannels
 
@@ -81,6 +83,7 @@ PASSES: dict[str, Pass | type[Any]] = {
     "drop_traces": drop_traces,
     "drop_zero_states": drop_zero_states,
     "equalize_layers": EqualizeLayers,
+    "factorize_weights": FactorizeWeights,
     "fill_blocks": FillBlocks,
     "fold_add": fold_add,
     "fold_batchnorm": fold_batchnorm,
@@ -115,6 +118,7 @@ PASSES: dict[str, Pass | type[Any]] = {
     "share_nodes": share_nodes,
     "simplify_qdq": SimplifyQdq,
     "smooth_activations": SmoothActivations,
+    "sparsify_storage": SparsifyStorage,
     "split_units": split_units,
     "widen_channels": WidenChannels,
 }
@@ -125,6 +129,7 @@ __all__ = [
     "CorrectBias",
     "DequantizeModel",
     "EqualizeLayers",
+    "FactorizeWeights",
     "FillBlocks",
     "IntegerIo",
     "PruneChannels",
@@ -141,6 +146,7 @@ __all__ = [
     "ScaleSalient",
     "SimplifyQdq",
     "SmoothActivations",
+    "SparsifyStorage",
     "WidenChannels",
     "absorb_bias",
     "cancel_transposes",

@@ -26,6 +26,7 @@ from onnxq.core import Note
 from onnxq.data import Samples
 from onnxq.errors import DataError
 from onnxq.layers import Layers
+from onnxq.masks import remember
 from onnxq.model import Model
 from onnxq.numerics.pruning import DAMPING
 from onnxq.numerics.sparsity import Pattern
@@ -127,4 +128,5 @@ class PruneWeights:
         notes += pruned_model(model, found, plan, observing)
         if any(note.changed for note in notes):
             model.sweep()
+            remember(model, notes)
         return notes

@@ -20,7 +20,7 @@ SHARED = {
     "sizes", "size_algebra", "shape_rules", "streamed", "value_rules", "activations",
     "formats", "insertion", "float_layers", "encodings", "layouts", "weight_kernels",
     "integer_weights", "packed_weights", "recovery", "recover_dynamic", "recover_qoperators",
-    "weight_storage", "weight_plans", "codebook_encoding", "coding", "importance",
+    "weight_storage", "weight_plans", "codebook_encoding", "bitmaps", "coding", "importance",
     "dynamic_costs", "dynamic_layers", "grams", "meetings", "observing", "solving",
     "static_rounding", "codebook_plans",
     "moves", "pairs", "switches", "range_simulation", "range_search", "range_mixing",
