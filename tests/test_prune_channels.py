@@ -12,7 +12,7 @@ from test_equalize_layers import net as drawn
 
 from onnxq.errors import RecipeError
 from onnxq.model import Model, values_of
-from onnxq.passes import PruneChannels, cleanup
+from onnxq.passes import PruneChannels, cleanup, inline_functions
 from onnxq.passes.removal import remove, structure, weight_from, weight_matrix
 from onnxq.passes.unit_choice import choose, norms
 
@@ -447,6 +447,8 @@ HELD = [
     pytest.param(ROWS, "q = Constant<value=int8[2,2] {1, 2, 3, 4}>() s = Constant<value_float=0.5>() "
                  "k = DequantizeLinear(q, s) a = MatMul(x, w) d = MatMul(a, k) y3 = MatMul(d, v)",
                  {"w": [6, 2], "v": [2, 3]}, "its weight k is quantized: prune first", id="quantized"),
+    pytest.param(IMAGE, "a = Conv(x, w) s = DepthToSpace<blocksize=2>(a) y4 = Conv(s, v)",
+                 {"w": [4, 6, 1, 1], "v": [3, 1, 1, 1]}, "its channels go all together", id="one-unit"),
     pytest.param(IMAGE, "a = Conv(x, w, c) y4 = Conv(a, v) c = Relu(b)",
                  {"w": [8, 6, 1, 1], "v": [3, 8, 1, 1], "b": [8]}, "its bias c is computed", id="computed-bias"),
     pytest.param(IMAGE, "a = Conv(x, w) y4 = Conv(a, v) z = Mul(w, w)",
@@ -491,6 +493,25 @@ def test_bodies_hold_what_they_read() -> None:
         proto.graph.initializer.append(numpy_helper.from_array(np.ones(shape, np.float32), name))
     notes = PruneChannels(amount=0.5)(Model.from_proto(proto))
     assert "reads it in a body" in notes[0].text
+
+
+def test_functions_are_inlined_first() -> None:
+    text = """<ir_version: 8, opset_import: ["": 17, "local": 1]>
+        g (float[N, 6, 8, 8] x) => (float[p, q, r, s] y) {
+            a = Conv(x, w)
+            h = local.Activate(a)
+            y = Conv(h, v)
+        }
+        <domain: "local", opset_import: ["": 17]> Activate (i) => (o) { o = Relu(i) }"""
+    proto = parser.parse_model(text)
+    for name, shape in (("w", (8, 6, 1, 1)), ("v", (3, 8, 1, 1))):
+        proto.graph.initializer.append(numpy_helper.from_array(np.ones(shape, np.float32), name))
+    model = Model.from_proto(proto)
+    assert "inline it first" in PruneChannels(amount=0.5)(model)[0].text
+    inline_functions(model)
+    assert [n.text for n in PruneChannels(amount=0.5)(model) if n.changed] == [
+        "4 of 8 channels removed"
+    ]
 
 
 def test_overrides_keep_layers_dense() -> None:
