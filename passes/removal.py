@@ -23,7 +23,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from onnxq.core import Note, Skip
-from onnxq.graphs import DEFAULT_DOMAIN, sort
+from onnxq.graphs import DEFAULT_DOMAIN, op_type_of, sort
 from onnxq.model import Model
 from onnxq.passes.channels import from_matrices, matrices
 from onnxq.passes.linear import LINEAR
@@ -141,6 +141,8 @@ def _see(net: Net, graph: gs.Graph, node: gs.Node) -> None:
         if is_plain and node.op in LAYERS and is_layer(node):
             LAYERS[node.op](net, node)
         elif labelled:
+            if f"{node.domain}::{op_type_of(node)}" in net.model.functions:
+                raise Skip("it is a function of the model: inline it first (inline_functions)")
             if not is_plain or node.op not in RULES:
                 raise Skip("channels cannot be followed through it")
             for tensor, block in zip(node.outputs, RULES[node.op](net, node), strict=False):
@@ -235,25 +237,28 @@ class _Finish:
             {k: (t, named(b)) for k, (t, b) in net.blocks.items()},
             tuple(Cut(c.node, c.index, named(c.block)) for c in net.cuts),
             tuple(net.shuffles),
-            tuple(self.notes(layers)),
+            tuple(self.notes(layers, groups)),
             net.sizes,
         )
 
-    def notes(self, layers: Sequence[Layer]) -> Iterator[Note]:
+    def notes(self, layers: Sequence[Layer], groups: Sequence[Marks]) -> Iterator[Note]:
         """Why layers keep what they make."""
+        alone = [int(group[0]) for group in groups if len(group) == 1]
         for node, reason in self.net.declined.values():
             yield Note(self.rule, node.name, reason, changed=False)
         for found, layer in zip(layers, self.net.layers, strict=True):
-            if (
-                layer.is_depthwise
-                or (found.outputs != STAYS).any()
-                or (layer.node.op in GATES and layer.index == 2)
-            ):
+            if layer.is_depthwise or (layer.node.op in GATES and layer.index == 2):
                 continue
-            roots = self.net.roots(layer.outputs).reshape(-1).tolist()
-            reasons = Counter(self.net.reasons.get(r, "nothing reads it") for r in roots)
-            (reason, _), *_ = reasons.most_common(1)
-            yield Note(self.rule, layer.node.name, f"its channels stay: {reason}", changed=False)
+            units = found.outputs[found.outputs != STAYS]
+            if units.size and not np.isin(units, alone).all():
+                continue
+            if units.size:
+                text = "its channels go all together, as one unit"
+            else:
+                roots = self.net.roots(layer.outputs).reshape(-1).tolist()
+                reasons = Counter(self.net.reasons.get(r, "nothing reads it") for r in roots)
+                text = f"its channels stay: {reasons.most_common(1)[0][0]}"
+            yield Note(self.rule, layer.node.name, text, changed=False)
 
 
 def _varying(labels: Marks) -> list[int]:

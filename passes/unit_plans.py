@@ -25,8 +25,8 @@ from onnxq.passes.unit_repair import repair
 from onnxq.passes.unit_trials import Trials
 from onnxq.sampling import divided
 
-LOOKED_AT = 64  # samples at most
-JUDGES = 16
+LOOKED_AT = 256  # samples at most
+JUDGES = 32
 HALVINGS = 6  # of the share of work, in search of a size or a time
 SECONDS = 1.0  # of timing, each time
 COARSER = 2.0  # times the noise that counts may make which kernels like better

@@ -22,7 +22,7 @@ from onnxq.passes.unit_readers import Reading, Rows
 from onnxq.passes.unit_trials import Trials, fetched
 from onnxq.sampling import divided
 
-LIMIT = 16384  # vectors of all samples
+LIMIT = 32768  # vectors of all samples
 RIDGES = (0.01, 0.1, 1.0)
 MOST = 96  # layers that are fitted in a network at most, one run of the samples for each
 

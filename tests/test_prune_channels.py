@@ -12,7 +12,7 @@ from test_equalize_layers import net as drawn
 
 from onnxq.errors import RecipeError
 from onnxq.model import Model, values_of
-from onnxq.passes import PruneChannels, cleanup
+from onnxq.passes import PruneChannels, cleanup, inline_functions
 from onnxq.passes.removal import remove, structure, weight_from, weight_matrix
 from onnxq.passes.unit_choice import choose, norms
 
@@ -447,6 +447,8 @@ HELD = [
     pytest.param(ROWS, "q = Constant<value=int8[2,2] {1, 2, 3, 4}>() s = Constant<value_float=0.5>() "
                  "k = DequantizeLinear(q, s) a = MatMul(x, w) d = MatMul(a, k) y3 = MatMul(d, v)",
                  {"w": [6, 2], "v": [2, 3]}, "its weight k is quantized: prune first", id="quantized"),
+    pytest.param(IMAGE, "a = Conv(x, w) s = DepthToSpace<blocksize=2>(a) y4 = Conv(s, v)",
+                 {"w": [4, 6, 1, 1], "v": [3, 1, 1, 1]}, "its channels go all together", id="one-unit"),
     pytest.param(IMAGE, "a = Conv(x, w, c) y4 = Conv(a, v) c = Relu(b)",
                  {"w": [8, 6, 1, 1], "v": [3, 8, 1, 1], "b": [8]}, "its bias c is computed", id="computed-bias"),
     pytest.param(IMAGE, "a = Conv(x, w) y4 = Conv(a, v) z = Mul(w, w)",
@@ -462,7 +464,53 @@ HELD = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("x", "body", "weights", "reason"), HELD)
+ONE = {"w": [8, 6, 1, 1], "v": [3, 8, 1, 1]}
+CONV, LAST = "a = Conv(x, w)", "y4 = Conv(h, v)"
+GUARDS = [
+    pytest.param(IMAGE, f"{CONV} h = Add<axis=1, broadcast=1>(a, b) {LAST}", ONE | {"b": [8]},
+                 "as before opset 7", id="old-broadcast"),
+    pytest.param(IMAGE, f"{CONV} h, m, k = BatchNormalization<training_mode=1>(a, g, e, n, var) {LAST}",
+                 ONE | {"g": [8], "e": [8], "n": [8], "var": [8]}, "it is in training mode", id="training"),
+    pytest.param(IMAGE, f"{CONV} k = Abs(var) h = BatchNormalization(a, g, e, n, k) {LAST}",
+                 ONE | {"g": [8], "e": [8], "n": [8], "var": [8]}, "its parameters are not constant",
+                 id="computed-variance"),
+    pytest.param(IMAGE + ", int64[2] ax", f"{CONV} m = ReduceSum(a, ax) h = Sub(a, m) {LAST}", ONE,
+                 "its axes are computed", id="computed-axes"),
+    pytest.param(IMAGE, f"{CONV} y4 = MatMul(a, v)", {"w": [8, 6, 1, 1], "v": [1, 8, 8, 3]},
+                 "a constant of several matrices", id="stacked-constant"),
+    pytest.param(IMAGE + ", float[8] z", f"{CONV} y3 = MatMul(a, z)", {"w": [8, 6, 1, 1]},
+                 "it multiplies with a vector", id="vector"),
+    pytest.param(IMAGE + ", int64[2] t", f"{CONV} f = Reshape(a, t) y2 = MatMul(f, v)",
+                 {"w": [8, 6, 1, 1], "v": [512, 3]}, "(Reshape)", id="computed-target"),
+    pytest.param(IMAGE, f'{CONV} r = Constant<value_floats=[0.0,0.0,0.0,0.0,1.0,1.0,1.0,1.0]>() '
+                 'f = Constant<value_floats=[1.0,1.0,1.0,1.0]>() h = Resize<coordinate_transformation_mode='
+                 f'"tf_crop_and_resize">(a, r, f) {LAST}', ONE, "it crops", id="crop"),
+    pytest.param(IMAGE + ", int64[8] p", f"{CONV} h = Pad(a, p) {LAST}", ONE, "what it pads is computed",
+                 id="computed-pads"),
+    pytest.param(IMAGE, f'{CONV} {ints(p=[0, 1, 0, 0, 0, 0, 0, 0])} h = Pad<mode="edge">(a, p) y4 = Conv(h, v)',
+                 {"w": [8, 6, 1, 1], "v": [3, 9, 1, 1]}, "it pads channels", id="padded-by-copies"),
+    pytest.param(IMAGE + ", int64[1] ax", f"{CONV} {ints(s=[0], e=[8])} h = Slice(a, s, e, ax) {LAST}", ONE,
+                 "its axes are computed", id="slice-axes"),
+    pytest.param(IMAGE + ", int64[1] s", f"{CONV} {ints(e=[9], ax=[1])} h = Slice(a, s, e, ax) {LAST}", ONE,
+                 "where it cuts is computed", id="slice-start"),
+    pytest.param(IMAGE, f"{CONV} {ints(s=[0], e=[8], ax=[1], st=[2])} h = Slice(a, s, e, ax, st) y4 = Conv(h, v)",
+                 {"w": [8, 6, 1, 1], "v": [3, 4, 1, 1]}, "it takes every so many channels", id="slice-steps"),
+    pytest.param(IMAGE + ", int64[2] s", f"{CONV} h, k = Split<axis=1>(a, s) m = Concat<axis=1>(k, h) y4 = Conv(m, v)",
+                 ONE, "of its parts are", id="split-sizes"),
+    pytest.param("int64[N, 4] x", "y3 = Gather<axis=1>(w, x)", {"w": [9, 6]}, "it does not look up rows", id="columns"),
+    pytest.param(IMAGE, f"{CONV} {ints(i=[2])} k = Squeeze(c) h = Gather<axis=1>(a, k) c = Unsqueeze(i, i0) "
+                 "i0 = Constant<value_ints=[0]>() y4 = Conv(h, v)", {"w": [8, 6, 1, 1], "v": [3, 8, 1, 1]},
+                 "takes single channels", id="computed-index"),
+    pytest.param(IMAGE + ", int64[4] t", f"{CONV} g = GlobalAveragePool(a) h = Expand(g, t) {LAST}", ONE,
+                 "its sizes are computed", id="computed-expand"),
+    pytest.param(IMAGE, f"{CONV} {ints(t=[1, 2, 1, 1])} h = Tile(a, t) y4 = Conv(h, v)",
+                 {"w": [8, 6, 1, 1], "v": [3, 16, 1, 1]}, "(Tile) repeats its channels", id="tile"),
+    pytest.param(IMAGE, f"{CONV} y4 = MatMul(a, v)", {"w": [8, 6, 1, 1], "v": [8, 3]},
+                 "reads it along another axis", id="another-axis"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("x", "body", "weights", "reason"), HELD + GUARDS)
 def test_says_why_channels_stay(
     x: str, body: str, weights: dict[str, list[int]], reason: str
 ) -> None:
@@ -491,6 +539,25 @@ def test_bodies_hold_what_they_read() -> None:
         proto.graph.initializer.append(numpy_helper.from_array(np.ones(shape, np.float32), name))
     notes = PruneChannels(amount=0.5)(Model.from_proto(proto))
     assert "reads it in a body" in notes[0].text
+
+
+def test_functions_are_inlined_first() -> None:
+    text = """<ir_version: 8, opset_import: ["": 17, "local": 1]>
+        g (float[N, 6, 8, 8] x) => (float[p, q, r, s] y) {
+            a = Conv(x, w)
+            h = local.Activate(a)
+            y = Conv(h, v)
+        }
+        <domain: "local", opset_import: ["": 17]> Activate (i) => (o) { o = Relu(i) }"""
+    proto = parser.parse_model(text)
+    for name, shape in (("w", (8, 6, 1, 1)), ("v", (3, 8, 1, 1))):
+        proto.graph.initializer.append(numpy_helper.from_array(np.ones(shape, np.float32), name))
+    model = Model.from_proto(proto)
+    assert "inline it first" in PruneChannels(amount=0.5)(model)[0].text
+    inline_functions(model)
+    assert [n.text for n in PruneChannels(amount=0.5)(model) if n.changed] == [
+        "4 of 8 channels removed"
+    ]
 
 
 def test_overrides_keep_layers_dense() -> None:

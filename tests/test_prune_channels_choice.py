@@ -130,7 +130,7 @@ def test_what_others_can_make_up_for_goes() -> None:
     assert db(model, made) > 40
     assert "by what others can make up for" in notes[0].text
     small, _ = pruned(model, amount=0.5, criterion="norm", samples=samples, compensation=False)
-    assert db(model, small) < 10
+    assert db(model, small) < 20
 
 
 def test_a_bias_is_added_where_a_mean_goes() -> None:
@@ -240,10 +240,13 @@ def test_what_contradicts_itself() -> None:
         PruneChannels(amount=0.1, macs=0.2)
     with pytest.raises(RecipeError, match="share from 0 to below 1"):
         PruneChannels(latency=1.0)
-    for options in ({"criterion": "reconstruction"}, {"criterion": "activation"}, {"latency": 0.2}):
+    wishes: tuple[dict[str, Any], ...] = (
+        {"criterion": "reconstruction"}, {"criterion": "activation"}, {"latency": 0.2},
+    )  # fmt: skip
+    for options in wishes:
         assert PruneChannels.wants("samples", options)
         with pytest.raises(DataError, match="give --data"):
-            PruneChannels(**options)(chain())  # type: ignore[arg-type]
+            PruneChannels(**options)(chain())
     assert not PruneChannels.wants("samples", {"macs": 0.3})
 
 
@@ -269,7 +272,8 @@ def test_allotment_against_all_others() -> None:
         assert counted.left(removed) <= 0.7 * whole
 
         def noise(counts: Any, curves: Any = curves) -> float:
-            return sum(c.get(int(n), 0.0) for c, n in zip(curves, counts, strict=True))
+            each = (c.get(int(n), 0.0) for c, n in zip(curves, counts, strict=True))
+            return float(sum(each))
 
         best = min(
             noise(counts)
