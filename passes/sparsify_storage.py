@@ -51,8 +51,9 @@ NARROW = ("int8", "uint8", "int16", "uint16", *bitmaps.WIDENED)
 class SparsifyStorage:
     """Constants of at least `smallest` values, if they take at most `ratio` of their bytes then.
 
-    form: auto chooses the smaller one. What the target does not read is not written. load_memory_mb:
-    what spreading bitmaps may take while a model is loaded; weights beyond that stay dense.
+    form: auto chooses the smaller one. What the target does not read is not written.
+    load_memory_mb: what spreading bitmaps may take while a model is loaded; weights beyond that
+    stay dense.
     """
 
     form: Literal["auto", "bitmap", "coo"] = "auto"
@@ -127,7 +128,7 @@ class _Work:
         return self.notes
 
     def _loadable(self, plans: list[_Plan]) -> list[_Plan]:
-        """Those whose bitmaps can be spread within the memory allowed, in the order of the graph."""
+        """Those whose bitmaps can be spread within the memory allowed, in graph order."""
         kept, left = [], self.options.load_memory_mb << 20
         for plan in plans:
             needed = AT_LOAD * prod(plan.constant.shape) if plan.form == "bitmap" else 0
