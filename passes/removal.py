@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from onnxq.core import Note, Skip
-from onnxq.graphs import DEFAULT_DOMAIN, sort
+from onnxq.graphs import DEFAULT_DOMAIN, op_type_of, sort
 from onnxq.model import Model
 from onnxq.passes.channels import from_matrices, matrices
 from onnxq.passes.linear import LINEAR
@@ -141,6 +141,8 @@ def _see(net: Net, graph: gs.Graph, node: gs.Node) -> None:
         if is_plain and node.op in LAYERS and is_layer(node):
             LAYERS[node.op](net, node)
         elif labelled:
+            if f"{node.domain}::{op_type_of(node)}" in net.model.functions:
+                raise Skip("it is a function of the model: inline it first (inline_functions)")
             if not is_plain or node.op not in RULES:
                 raise Skip("channels cannot be followed through it")
             for tensor, block in zip(node.outputs, RULES[node.op](net, node), strict=False):
@@ -174,9 +176,10 @@ class _Finish:
     def settle(self) -> None:
         """Let the labels of each tensor vary along one axis: the longest of those they vary along.
 
-        What is left of a tensor has to be one block. Heads have been told from their sizes before,
-        by the MatMul that sums over one and not over the other; groups of a channel shuffle have
-        not: as many channels go in each of them.
+        What is left of a tensor has to be one block. A Reshape of [heads * size] leaves open which
+        of the two is removed. Heads have been told from their size before, by the MatMul that sums
+        over one and not over the other, and a channel shuffle is followed as the order of channels
+        that it is (`unit_moves`): neither gets here.
         """
         changed = True
         while changed:
@@ -226,7 +229,7 @@ class _Finish:
         def named(block: Block) -> Block:
             return Block(block.axes, units(block.labels))
 
-        layers = [Layer(v.node, v.index, units(v.inputs), units(v.outputs)) for v in net.layers]
+        layers = [replace(v, inputs=units(v.inputs), outputs=units(v.outputs)) for v in net.layers]
         return Structure(
             tuple(layers),
             tuple(groups),
@@ -234,25 +237,28 @@ class _Finish:
             {k: (t, named(b)) for k, (t, b) in net.blocks.items()},
             tuple(Cut(c.node, c.index, named(c.block)) for c in net.cuts),
             tuple(net.shuffles),
-            tuple(self.notes(layers)),
+            tuple(self.notes(layers, groups)),
             net.sizes,
         )
 
-    def notes(self, layers: Sequence[Layer]) -> Iterator[Note]:
+    def notes(self, layers: Sequence[Layer], groups: Sequence[Marks]) -> Iterator[Note]:
         """Why layers keep what they make."""
+        alone = [int(group[0]) for group in groups if len(group) == 1]
         for node, reason in self.net.declined.values():
             yield Note(self.rule, node.name, reason, changed=False)
         for found, layer in zip(layers, self.net.layers, strict=True):
-            if (
-                layer.is_depthwise
-                or (found.outputs != STAYS).any()
-                or (layer.node.op in GATES and layer.index == 2)
-            ):
+            if layer.is_depthwise or (layer.node.op in GATES and layer.index == 2):
                 continue
-            roots = self.net.roots(layer.outputs).reshape(-1).tolist()
-            reasons = Counter(self.net.reasons.get(r, "nothing reads it") for r in roots)
-            (reason, _), *_ = reasons.most_common(1)
-            yield Note(self.rule, layer.node.name, f"its channels stay: {reason}", changed=False)
+            units = found.outputs[found.outputs != STAYS]
+            if units.size and not np.isin(units, alone).all():
+                continue
+            if units.size:
+                text = "its channels go all together, as one unit"
+            else:
+                roots = self.net.roots(layer.outputs).reshape(-1).tolist()
+                reasons = Counter(self.net.reasons.get(r, "nothing reads it") for r in roots)
+                text = f"its channels stay: {reasons.most_common(1)[0][0]}"
+            yield Note(self.rule, layer.node.name, text, changed=False)
 
 
 def _varying(labels: Marks) -> list[int]:
@@ -278,10 +284,11 @@ def remove(model: Model, found: Structure, keep: NDArray[np.bool_], rule: str) -
             text = f"{gone} of {layer.outputs.size} {_noun(layer)} removed"
             notes.append(Note(rule, layer.node.name, text))
         if layer.is_depthwise:
-            layer.node.attrs["group"] = int(edit.stays(layer.inputs).sum())
+            layer.node.attrs["group"] = int(edit.stays(layer.inputs[:, 0]).sum())
         elif layer.node.op in GATES:
             layer.node.attrs["hidden_size"] = int(edit.stays(layer.outputs).sum())
-    for node in model.nodes(*EDITS):
+    nodes = model.nodes(*EDITS)
+    for node in sorted(nodes, key=lambda n: n.op == "Shape"):  # what reads sizes is edited before
         if any(edit.of(t) for t in (*node.inputs, *node.outputs)):
             EDITS[node.op](edit, node)
     for shuffle in found.shuffles:

@@ -73,20 +73,15 @@ class Layer:
 
     index: the input that holds the weight. inputs: [groups, inputs], outputs: [groups, outputs].
     The two weights of a recurrent layer are two layers: W reads what comes in, R the hidden units.
-    A table (Gather) reads none: inputs [1, 1] that stay. Depthwise convolutions have their labels
-    on either side.
+    A table (Gather) reads none: inputs [1, 1] that stay. is_depthwise: whole groups of it are
+    units, of one channel (a depthwise convolution) or several: it passes them on.
     """
 
     node: gs.Node
     index: int
     inputs: Marks
     outputs: Marks
-
-    @property
-    def is_depthwise(self) -> bool:
-        """Whether its outputs are its inputs' units: neither a producer nor a consumer."""
-        groups, inputs = self.inputs.shape
-        return bool(groups > 1 and inputs == 1)
+    is_depthwise: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)

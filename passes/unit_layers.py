@@ -1,8 +1,9 @@
 """Layers: new labels for what they make, and which labels their weights read.
 
 Grouped convolutions lose as many channels in each group: channels of the same number in each are
-one unit. Depthwise convolutions pass labels on. The hidden units of a recurrent layer have the same
-label in all its weights, in both directions and in its states.
+one unit. Where there are more groups than channels in one, they lose whole groups: what a group
+reads and makes is one unit, as in depthwise convolutions. The hidden units of a recurrent layer
+have the same label in all its weights, in both directions and in its states.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnxq.core import Skip
-from onnxq.model import values_of
+from onnxq.layers import has_weight
+from onnxq.model import producer, values_of
 from onnxq.packed import remembered
 from onnxq.passes.ops import is_constant
 from onnxq.passes.unit_labels import FIXED, Block, Cut, Layer, Marks, Net
@@ -25,13 +27,18 @@ GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
 def is_layer(node: gs.Node) -> bool:
     """Whether it has a weight of its own, or a table."""
     if node.op == "Gather":
-        data = node.inputs[0]
-        return is_constant(data) and data.dtype is not None and np.dtype(data.dtype).kind == "f"
-    return node.op in LAYERS and (node.op != "MatMul" or _is_right_constant(node))
+        data, index = node.inputs
+        is_table = is_constant(data) and len(data.shape or ()) == 2 and not is_constant(index)
+        return is_table and data.dtype is not None and np.dtype(data.dtype).kind == "f"
+    return node.op in LAYERS and (node.op != "MatMul" or _has_right_weight(node))
 
 
-def _is_right_constant(node: gs.Node) -> bool:
-    return is_constant(node.inputs[1]) and len(node.inputs[1].shape or ()) == 2
+def _has_right_weight(node: gs.Node) -> bool:
+    """Whether the right operand is one constant matrix, or unpacked from constants."""
+    left, right = node.inputs
+    if is_constant(right):
+        return len(right.shape or ()) == 2
+    return not is_constant(left) and has_weight(node)
 
 
 def _shape(node: gs.Node, index: int, rank: int | None = None) -> list[int]:
@@ -39,6 +46,9 @@ def _shape(node: gs.Node, index: int, rank: int | None = None) -> list[int]:
     tensor = node.inputs[index]
     values = values_of(tensor)
     if values is None:
+        maker = producer(tensor)
+        if maker is not None and maker.op == "DequantizeLinear":
+            raise Skip(f"its weight {tensor.name} is quantized: prune first, then quantize")
         raise Skip(f"its weight {tensor.name} is not constant")
     if values.dtype.kind != "f":
         raise Skip(f"its weight {tensor.name} is {values.dtype}, not float")
@@ -83,8 +93,12 @@ def _conv(net: Net, node: gs.Node) -> None:
     taken = net.take(node, 1, inputs)
     known = np.full(inputs, FIXED) if taken is None else taken
     split = known.reshape(groups, -1)
-    if groups == inputs > 1:
-        out = np.repeat(known, outputs // groups)
+    is_depthwise = taken is not None and groups > max(outputs // groups, split.shape[1])
+    is_depthwise |= taken is not None and groups == inputs > 1
+    if is_depthwise:
+        why = f"{node.name} ({node.op}) reads it together with channels that stay"
+        net.join(split[:, :1], split, why)
+        out = np.repeat(split[:, 0], outputs // groups)
         net.cuts.append(_cut(node, 1, 0, out if is_conv else known))
     else:
         why = f"{node.name} ({node.op}) reads it in groups, and others of them stay"
@@ -95,9 +109,8 @@ def _conv(net: Net, node: gs.Node) -> None:
         net.cuts.append(_cut(node, 1, 1, split[0] if is_conv else per_group))
     if has_bias:
         net.cuts.append(_cut(node, 2, 0, out))
-    _add(net, Layer(node, 1, split, out.reshape(groups, -1)))
-    if taken is not None or groups != inputs or groups == 1:
-        net.give(node.outputs[0], Block((1,), out))
+    _add(net, Layer(node, 1, split, out.reshape(groups, -1), is_depthwise))
+    net.give(node.outputs[0], Block((1,), out))
 
 
 def _cut(node: gs.Node, index: int, axis: int, labels: Marks) -> Cut:

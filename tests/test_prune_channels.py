@@ -12,7 +12,7 @@ from test_equalize_layers import net as drawn
 
 from onnxq.errors import RecipeError
 from onnxq.model import Model, values_of
-from onnxq.passes import PruneChannels, cleanup
+from onnxq.passes import PruneChannels, cleanup, inline_functions
 from onnxq.passes.removal import remove, structure, weight_from, weight_matrix
 from onnxq.passes.unit_choice import choose, norms
 
@@ -61,6 +61,11 @@ FOUND = [
     pytest.param("a = Conv(x, w) d = Conv<group=2>(a, u, e) y4 = Conv(d, v)",
                  {"w": [8, 6, 1, 1], "u": [6, 4, 3, 3], "e": [6], "v": [4, 6, 1, 1]}, [4, 3],
                  id="grouped"),
+    pytest.param("a = Conv(x, w) d = Conv<group=4>(a, u, e) y4 = Conv(d, v)",
+                 {"w": [8, 6, 1, 1], "u": [12, 2, 3, 3], "e": [12], "v": [4, 12, 1, 1]}, [4],
+                 id="many-groups"),
+    pytest.param("a = Conv<group=6>(x, u, e) y4 = Conv(a, v)",
+                 {"u": [12, 1, 3, 3], "e": [12], "v": [4, 12, 1, 1]}, [2], id="depthwise-of-input"),
     pytest.param("a = Conv(x, w) d = ConvTranspose<group=2>(a, u, e) y4 = ConvTranspose(d, v)",
                  {"w": [8, 6, 1, 1], "u": [8, 3, 3, 3], "e": [6], "v": [6, 4, 1, 1]}, [4, 3],
                  id="transposed-grouped"),
@@ -104,6 +109,11 @@ FOUND = [
     pytest.param(f"{FIRST} {ints(p=[0, 1, 0, 0, 0, 2, 0, 0])} d = Pad(a, p) e = Conv<pads=[1,1,1,1]>(x, u) "
                  "s = Add(d, e) y4 = Conv(s, v)",
                  PAIR | {"u": [11, 6, 3, 3], "v": [4, 11, 1, 1]}, [8, 3], id="padded-shortcut"),
+    pytest.param(f"{FIRST} {ints(t=[0, 4, -1])} r = Reshape(a, t) n = InstanceNormalization(r, g, e) "
+                 f"z = Shape(a) h = Reshape(n, z) {SECOND}", PAIR | {"g": [4], "e": [4]}, [4], id="group-norm"),
+    pytest.param(f"{FIRST} {ints(t=[0, 8, -1])} r = Reshape(a, t) u = Transpose<perm=[0,2,1]>(r) "
+                 "m = MatMul(u, k) h = Gelu(m) y3 = MatMul(h, v)", PAIR | {"k": [8, 5], "v": [5, 3]}, [8, 5],
+                 id="patches"),
     pytest.param(f"{FIRST} s = Softmax<axis=3>(a) h = Mul(s, a) {SECOND}", PAIR, [8], id="softmax-aside"),
 ]  # fmt: skip
 ROW_CASES = [
@@ -323,6 +333,51 @@ def test_removes_heads_where_sizes_are_computed() -> None:
     assert [len(g) for g in found.groups] == [4]
 
 
+def test_removes_heads_of_flattened_projections() -> None:
+    """Gemm on [batch * time, channels], as GPT-2 has it; a bias per head from a table, as T5 has."""
+    sizes = (
+        "sh = Shape(x) i0 = Constant<value_int=0>() i1 = Constant<value_int=1>() z0 = Constant<value_ints=[0]>() "
+        "n0 = Gather(sh, i0) n1 = Gather(sh, i1) u0 = Unsqueeze(n0, z0) u1 = Unsqueeze(n1, z0) "
+        "h4 = Constant<value_ints=[4]>() h3 = Constant<value_ints=[3]>() h12 = Constant<value_ints=[12]>() "
+        "h36 = Constant<value_ints=[36]>() h5 = Constant<value_ints=[5]>() rows = Constant<value_ints=[-1, 5]>() "
+        "ls = Concat<axis=0>(u0, u1, h36) hs = Concat<axis=0>(u0, u1, h4, h3) os = Concat<axis=0>(u0, u1, h12) "
+        "more = Constant<value_ints=[-1, 12]>() xs = Concat<axis=0>(u0, u1, h5)"
+    )
+    front = (
+        f"{sizes} xr = Reshape(x, rows) g = Gemm(xr, w, b) d = Reshape(g, ls) "
+        "q, k, v = Split<axis=2, num_outputs=3>(d)"
+    )
+    bias = (
+        "pl = Constant<value_ints=[0, 1, 2, 3, 4, 5]>() pa = Unsqueeze(pl, z0) pb = Transpose(pa) "
+        "dist = Sub(pa, pb) far = Abs(dist) tb = Gather(rel, far) tt = Transpose<perm=[2,0,1]>(tb) tu = Unsqueeze(tt, z0) "
+    )
+    tail = TAIL.replace(
+        "p = Softmax<axis=-1>(z)", f"{bias} zb = Add(z, tu) p = Softmax<axis=-1>(zb)"
+    )
+    heads = folded("")
+    body = (
+        f"{front} {heads} {tail} f = Reshape(t, os) fr = Reshape(f, more) "
+        "o2 = Gemm(fr, u, c) y3 = Reshape(o2, xs)"
+    )
+    weights = {"w": [5, 36], "b": [36], "u": [12, 5], "c": [5], "rel": [6, 4]}
+    found, model = compared(net(body, weights, "float[N, 6, 5] x", 18), 0.5)
+    assert [len(g) for g in found.groups] == [4]
+    assert [list(n.inputs[0].shape) for n in model.nodes("Gather")][-1] == [6, 2]
+
+
+def test_removes_from_text_recognition() -> None:
+    """Convolutions, their columns as time steps of a BiLSTM, and rows of a Gemm."""
+    body = (
+        f"{FIRST} r = Relu(a) {ints(k=[2], n=[0, 0, -1], m=[-1, 12])} "
+        "p = ReduceMean<axes=[2]>(r) s = Squeeze(p, k) t = Transpose<perm=[2,0,1]>(s) "
+        'l, e = LSTM<hidden_size=6, direction="bidirectional">(t, lw, lr) '
+        "u = Transpose<perm=[0,2,1,3]>(l) f = Reshape(u, n) g = Reshape(f, m) y2 = Gemm(g, v, c)"
+    )
+    weights = PAIR | {"lw": [2, 24, 8], "lr": [2, 24, 6], "v": [12, 4]}
+    found, _ = compared(net(body, weights))
+    assert [len(g) for g in found.groups] == [8, 6]
+
+
 @pytest.mark.parametrize("split_again", [False, True])
 def test_removes_heads_beside_the_batch(split_again: bool) -> None:
     """[time, batch * heads, size], as torch.nn.MultiheadAttention has it, for any batch."""
@@ -389,6 +444,11 @@ HELD = [
                  {"w": [8, 6, 1, 1], "v": [3, 8, 1, 1]}, "channels cannot be followed through it", id="operator"),
     pytest.param(IMAGE, "k = Relu(w) a = Conv(x, k) y4 = Conv(a, v)", {"w": [8, 6, 1, 1], "v": [3, 8, 1, 1]},
                  "its weight k is not constant", id="computed-weight"),
+    pytest.param(ROWS, "q = Constant<value=int8[2,2] {1, 2, 3, 4}>() s = Constant<value_float=0.5>() "
+                 "k = DequantizeLinear(q, s) a = MatMul(x, w) d = MatMul(a, k) y3 = MatMul(d, v)",
+                 {"w": [6, 2], "v": [2, 3]}, "its weight k is quantized: prune first", id="quantized"),
+    pytest.param(IMAGE, "a = Conv(x, w) s = DepthToSpace<blocksize=2>(a) y4 = Conv(s, v)",
+                 {"w": [4, 6, 1, 1], "v": [3, 1, 1, 1]}, "its channels go all together", id="one-unit"),
     pytest.param(IMAGE, "a = Conv(x, w, c) y4 = Conv(a, v) c = Relu(b)",
                  {"w": [8, 6, 1, 1], "v": [3, 8, 1, 1], "b": [8]}, "its bias c is computed", id="computed-bias"),
     pytest.param(IMAGE, "a = Conv(x, w) y4 = Conv(a, v) z = Mul(w, w)",
@@ -404,7 +464,53 @@ HELD = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("x", "body", "weights", "reason"), HELD)
+ONE = {"w": [8, 6, 1, 1], "v": [3, 8, 1, 1]}
+CONV, LAST = "a = Conv(x, w)", "y4 = Conv(h, v)"
+GUARDS = [
+    pytest.param(IMAGE, f"{CONV} h = Add<axis=1, broadcast=1>(a, b) {LAST}", ONE | {"b": [8]},
+                 "as before opset 7", id="old-broadcast"),
+    pytest.param(IMAGE, f"{CONV} h, m, k = BatchNormalization<training_mode=1>(a, g, e, n, var) {LAST}",
+                 ONE | {"g": [8], "e": [8], "n": [8], "var": [8]}, "it is in training mode", id="training"),
+    pytest.param(IMAGE, f"{CONV} k = Abs(var) h = BatchNormalization(a, g, e, n, k) {LAST}",
+                 ONE | {"g": [8], "e": [8], "n": [8], "var": [8]}, "its parameters are not constant",
+                 id="computed-variance"),
+    pytest.param(IMAGE + ", int64[2] ax", f"{CONV} m = ReduceSum(a, ax) h = Sub(a, m) {LAST}", ONE,
+                 "its axes are computed", id="computed-axes"),
+    pytest.param(IMAGE, f"{CONV} y4 = MatMul(a, v)", {"w": [8, 6, 1, 1], "v": [1, 8, 8, 3]},
+                 "a constant of several matrices", id="stacked-constant"),
+    pytest.param(IMAGE + ", float[8] z", f"{CONV} y3 = MatMul(a, z)", {"w": [8, 6, 1, 1]},
+                 "it multiplies with a vector", id="vector"),
+    pytest.param(IMAGE + ", int64[2] t", f"{CONV} f = Reshape(a, t) y2 = MatMul(f, v)",
+                 {"w": [8, 6, 1, 1], "v": [512, 3]}, "(Reshape)", id="computed-target"),
+    pytest.param(IMAGE, f'{CONV} r = Constant<value_floats=[0.0,0.0,0.0,0.0,1.0,1.0,1.0,1.0]>() '
+                 'f = Constant<value_floats=[1.0,1.0,1.0,1.0]>() h = Resize<coordinate_transformation_mode='
+                 f'"tf_crop_and_resize">(a, r, f) {LAST}', ONE, "it crops", id="crop"),
+    pytest.param(IMAGE + ", int64[8] p", f"{CONV} h = Pad(a, p) {LAST}", ONE, "what it pads is computed",
+                 id="computed-pads"),
+    pytest.param(IMAGE, f'{CONV} {ints(p=[0, 1, 0, 0, 0, 0, 0, 0])} h = Pad<mode="edge">(a, p) y4 = Conv(h, v)',
+                 {"w": [8, 6, 1, 1], "v": [3, 9, 1, 1]}, "it pads channels", id="padded-by-copies"),
+    pytest.param(IMAGE + ", int64[1] ax", f"{CONV} {ints(s=[0], e=[8])} h = Slice(a, s, e, ax) {LAST}", ONE,
+                 "its axes are computed", id="slice-axes"),
+    pytest.param(IMAGE + ", int64[1] s", f"{CONV} {ints(e=[9], ax=[1])} h = Slice(a, s, e, ax) {LAST}", ONE,
+                 "where it cuts is computed", id="slice-start"),
+    pytest.param(IMAGE, f"{CONV} {ints(s=[0], e=[8], ax=[1], st=[2])} h = Slice(a, s, e, ax, st) y4 = Conv(h, v)",
+                 {"w": [8, 6, 1, 1], "v": [3, 4, 1, 1]}, "it takes every so many channels", id="slice-steps"),
+    pytest.param(IMAGE + ", int64[2] s", f"{CONV} h, k = Split<axis=1>(a, s) m = Concat<axis=1>(k, h) y4 = Conv(m, v)",
+                 ONE, "of its parts are", id="split-sizes"),
+    pytest.param("int64[N, 4] x", "y3 = Gather<axis=1>(w, x)", {"w": [9, 6]}, "it does not look up rows", id="columns"),
+    pytest.param(IMAGE, f"{CONV} {ints(i=[2])} k = Squeeze(c) h = Gather<axis=1>(a, k) c = Unsqueeze(i, i0) "
+                 "i0 = Constant<value_ints=[0]>() y4 = Conv(h, v)", {"w": [8, 6, 1, 1], "v": [3, 8, 1, 1]},
+                 "takes single channels", id="computed-index"),
+    pytest.param(IMAGE + ", int64[4] t", f"{CONV} g = GlobalAveragePool(a) h = Expand(g, t) {LAST}", ONE,
+                 "its sizes are computed", id="computed-expand"),
+    pytest.param(IMAGE, f"{CONV} {ints(t=[1, 2, 1, 1])} h = Tile(a, t) y4 = Conv(h, v)",
+                 {"w": [8, 6, 1, 1], "v": [3, 16, 1, 1]}, "(Tile) repeats its channels", id="tile"),
+    pytest.param(IMAGE, f"{CONV} y4 = MatMul(a, v)", {"w": [8, 6, 1, 1], "v": [8, 3]},
+                 "reads it along another axis", id="another-axis"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("x", "body", "weights", "reason"), HELD + GUARDS)
 def test_says_why_channels_stay(
     x: str, body: str, weights: dict[str, list[int]], reason: str
 ) -> None:
@@ -433,6 +539,25 @@ def test_bodies_hold_what_they_read() -> None:
         proto.graph.initializer.append(numpy_helper.from_array(np.ones(shape, np.float32), name))
     notes = PruneChannels(amount=0.5)(Model.from_proto(proto))
     assert "reads it in a body" in notes[0].text
+
+
+def test_functions_are_inlined_first() -> None:
+    text = """<ir_version: 8, opset_import: ["": 17, "local": 1]>
+        g (float[N, 6, 8, 8] x) => (float[p, q, r, s] y) {
+            a = Conv(x, w)
+            h = local.Activate(a)
+            y = Conv(h, v)
+        }
+        <domain: "local", opset_import: ["": 17]> Activate (i) => (o) { o = Relu(i) }"""
+    proto = parser.parse_model(text)
+    for name, shape in (("w", (8, 6, 1, 1)), ("v", (3, 8, 1, 1))):
+        proto.graph.initializer.append(numpy_helper.from_array(np.ones(shape, np.float32), name))
+    model = Model.from_proto(proto)
+    assert "inline it first" in PruneChannels(amount=0.5)(model)[0].text
+    inline_functions(model)
+    assert [n.text for n in PruneChannels(amount=0.5)(model) if n.changed] == [
+        "4 of 8 channels removed"
+    ]
 
 
 def test_overrides_keep_layers_dense() -> None:

@@ -49,8 +49,8 @@ def channels(draw: Draw, even: bool = False) -> int:
 
 def conv(draw: Draw, b: Network, t: str) -> str:
     n, c, h, w = b.shapes[t]
-    groups = draw(st.sampled_from([g for g in (1, 1, 1, 2, 3) if c % g == 0]))
-    out = channels(draw, even=True) // groups * groups
+    groups = draw(st.sampled_from([g for g in (1, 1, 1, 2, 3, 4, 6) if c % g == 0]))
+    out = max(channels(draw, even=True) // groups, 1) * groups
     k = draw(st.sampled_from([1, 3]))
     bias = [b.weight(out)] if draw(st.booleans()) else []
     return b.add(
@@ -205,9 +205,37 @@ def pad(draw: Draw, b: Network, t: str) -> str:
     return b.add("Pad", t, ends, shape=(n, c + front + back, h, w))
 
 
+def regroup(draw: Draw, b: Network, t: str) -> str:
+    """Group normalisation as PyTorch writes it: back to the tensor's own shape."""
+    c = b.shapes[t][1]
+    groups = draw(st.sampled_from([g for g in range(1, c + 1) if c % g == 0]))
+    folded = b.add("Reshape", t, b.constant([0, groups, -1]))
+    scale, shift = b.weight(groups, positive=True), b.weight(groups)
+    done = b.add("InstanceNormalization", folded, scale, shift)
+    return b.add("Reshape", done, b.add("Shape", t), shape=b.shapes[t])
+
+
+def by_shape(draw: Draw, b: Network, t: str) -> str:
+    """Reshaped, repeated or scaled by numbers that are read from the tensor's own shape."""
+    _, c, h, w = b.shapes[t]
+    own = b.add("Shape", t)
+    kind = draw(st.sampled_from(["reshape", "expand", "scale"]))
+    if kind == "expand":
+        mean = b.add("GlobalAveragePool", t)
+        return b.add("Sub", t, b.add("Expand", mean, own), shape=b.shapes[t])
+    if kind == "scale":
+        count = b.add("Gather", own, b.constant(draw(st.integers(0, 3))))
+        return b.add("Div", t, b.add("Cast", count, to=1), shape=b.shapes[t])
+    n, k = (b.add("Gather", own, b.constant([i])) for i in range(2))
+    flat = b.add("Reshape", t, b.add("Concat", n, k, b.constant([-1]), axis=0))
+    whole = draw(st.sampled_from([k, b.constant([c]), b.constant([-1])]))
+    target = b.add("Concat", n, whole, b.constant([h, w]), axis=0)
+    return b.add("Reshape", b.add("Tanh", flat), target, shape=b.shapes[t])
+
+
 IMAGES: list[Callable[[Draw, Network, str], str]] = [
     conv, conv, conv, conv, depthwise, transposed, norm, unary, unary, add, add, concat, gate,
-    pool, resize, shuffle, split, cut, to_space, pad,
+    pool, resize, shuffle, split, cut, to_space, pad, regroup, by_shape, by_shape,
 ]  # fmt: skip
 
 
