@@ -38,6 +38,7 @@ from onnxq.weights import Weight, bytes_in, data_type_of, stored_size
 NAME = "sparsify_storage"
 Form = Literal["bitmap", "coo"]
 BITMAP_BYTES, COO_BYTES = 1400, 250  # of nodes and names, about
+AT_LOAD = 22  # bytes a weight, of all bitmaps at once (onnxruntime 1.31: 13.7 GB for 604 M weights)
 LEAST = 1024  # bytes that are saved, or it is not worth the nodes
 INDEX = 8  # bytes of a coordinate
 COO_MOST = 1 << 24  # bytes of coordinates: they cannot be in a data file
@@ -51,16 +52,20 @@ class SparsifyStorage:
     """Constants of at least `smallest` values, if they take at most `ratio` of their bytes then.
 
     form: auto chooses the smaller one. What the target does not read is not written.
+    load_memory_mb: what spreading bitmaps may take while a model is loaded; weights beyond that
+    stay dense.
     """
 
     form: Literal["auto", "bitmap", "coo"] = "auto"
     smallest: int = 512
     ratio: float = 0.95
+    load_memory_mb: int = 4096
     target: Target | None = None
 
     def __post_init__(self) -> None:
         require_range("smallest", self.smallest, 1)
         require_range("ratio", self.ratio, 0, 1)
+        require_range("load_memory_mb", self.load_memory_mb, 0)
 
     @property
     def name(self) -> str:
@@ -115,11 +120,25 @@ class _Work:
         plans = [p for c in self._constants() if (p := self._planned(c)) is not None]
         if sum(p.saved for p in plans if p.form == "bitmap") < bitmaps.TABLES:
             plans = [p for p in plans if p.form == "coo"]
+        plans = self._loadable(plans)
         for plan in plans:
             self._store(plan)
         if plans:
             self.model.sweep()
         return self.notes
+
+    def _loadable(self, plans: list[_Plan]) -> list[_Plan]:
+        """Those whose bitmaps can be spread within the memory allowed, in graph order."""
+        kept, left = [], self.options.load_memory_mb << 20
+        for plan in plans:
+            needed = AT_LOAD * prod(plan.constant.shape) if plan.form == "bitmap" else 0
+            if needed > left:
+                text = f"{plan.constant.name}: with it, loading takes more than load_memory_mb"
+                self._noted(plan.constant, text, changed=False)
+                continue
+            left -= needed
+            kept.append(plan)
+        return kept
 
     def _constants(self) -> Iterator[gs.Constant]:
         seen = set[int]()

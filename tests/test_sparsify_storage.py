@@ -248,6 +248,16 @@ def test_too_little_for_the_tables() -> None:
     )
 
 
+def test_what_loading_takes_is_bounded() -> None:
+    weights = 300 * 501
+    for memory, changed in ((weights * 22 >> 20, False), ((weights * 22 >> 20) + 1, True)):
+        (note,) = SparsifyStorage(load_memory_mb=memory)(Model.from_proto(matmul(shape=(300, 501))))
+        assert note.changed == changed
+        assert ("load_memory_mb" in note.text) != changed
+    (note,) = SparsifyStorage(load_memory_mb=0)(Model.from_proto(matmul(0.995)))
+    assert "(coo)" in note.text
+
+
 def test_negative_zeros_are_zeros_and_nan_is_not() -> None:
     w = np.array([-0.0, np.nan, 0.0, 2.0], np.float32)
     found = Bitmap.of(w, np.float32(0))

@@ -41,7 +41,7 @@ def excerpt(raw: NDArray[np.uint8]) -> NDArray[np.uint8]:
 def float_zeros(raw: NDArray[np.uint8], bits: int) -> float:
     """The share of zeros among floats of 16 or 32 bits, as bytes; -0.0 is one."""
     plain = np.ascontiguousarray(raw).view(f"<u{bits // 8}") & ((1 << (bits - 1)) - 1)
-    return 1 - np.count_nonzero(plain) / max(1, plain.size)
+    return float(1 - np.count_nonzero(plain) / max(1, plain.size))
 
 
 def histogram(raw: NDArray[np.uint8], bits: int) -> NDArray[np.int64]:
