@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import gcd
 from typing import Any
 
@@ -89,12 +89,17 @@ class Pruning:
         work = Work.of(self.model, self.found, shapes)
         groups = self._worth_it(work)
         found = list(readings(self.model, self.found))
-        rankings = self._rankings(groups, found, criterion, samples)
-        if samples is None or samples.synthetic:
-            trials, curves = None, self._guessed(rankings)
-        else:
-            trials = Trials(self.model, self.found, divided(samples)[1].take(JUDGES))
-            curves = {} if self.aims.amount is not None else measured(trials, rankings)
+        trials, curves = None, dict[int, Curve]()
+        if samples is not None and not samples.synthetic:
+            judging = divided(samples)[1].take(JUDGES)
+            trials = Trials(self.model, self.found, judging, self.memory // 4)
+        rankings = dict[int, Ranking]()
+        for group, ranking in self._ranked(groups, found, criterion, samples):
+            if self.aims.amount is None:
+                curves[group] = (
+                    measured(trials, group, ranking) if trials else self._guessed(group, ranking)
+                )
+            rankings[group] = replace(ranking, readings=(), solved=None)
         removed = self._removed(work, rankings, curves, samples)
         gone = self._gone(rankings, removed)
         if not gone.any():
@@ -195,23 +200,21 @@ class Pruning:
             if size > 1 and (self.aims.amount is not None or work.saved(none, g, size) > least)
         ]  # fmt: skip
 
-    def _rankings(
+    def _ranked(
         self, groups: Sequence[int], found: Sequence[Reading], criterion: str,
         samples: Samples | None,
-    ) -> dict[int, Ranking]:  # fmt: skip
-        scores = norms(self.found)
-        stops = self._stops()
-        is_real = samples is not None and not samples.synthetic
-        if samples is None or not is_real or (criterion == "norm" and not self.compensation):
-            return {
-                g: Ranking(np.argsort(scores[self.found.groups[g]], kind="stable"), stops[g])
-                for g in groups
-            }
+    ) -> Iterator[tuple[int, Ranking]]:  # fmt: skip
+        """Group by group: what makes up for it takes memory."""
+        scores, stops = norms(self.found), self._stops()
+        is_plain = criterion == "norm" and not self.compensation
+        if samples is None or samples.synthetic or is_plain:
+            for g in groups:
+                yield g, Ranking(np.argsort(scores[self.found.groups[g]], kind="stable"), stops[g])
+            return
+        solves = self.compensation and self.aims.amount is None
         fitted = divided(samples)[0]
-        ranker = Ranker(
-            self.model, self.found, found, fitted, criterion, self.compensation, self.memory
-        )
-        return ranker.rank(groups, scores, stops)
+        ranker = Ranker(self.model, self.found, found, fitted, criterion, solves, self.memory)
+        yield from ranker.rank(groups, scores, stops)
 
     def _stops(self) -> list[tuple[int, ...]]:
         """For each group, how many of its units may go."""
@@ -227,15 +230,11 @@ class Pruning:
             found.append(tuple(sorted(wanted)))
         return found
 
-    def _guessed(self, rankings: Mapping[int, Ranking]) -> dict[int, dict[int, float]]:
-        """Curves without data: the share of the weights' squares that goes."""
-        scores = np.square(norms(self.found))
-        found = {}
-        for group, ranking in rankings.items():
-            own = scores[self.found.groups[group]][ranking.order]
-            sums = np.cumsum(own) / max(float(own.sum()), 1e-30)
-            found[group] = {stop: float(sums[stop - 1]) for stop in ranking.stops}
-        return found
+    def _guessed(self, group: int, ranking: Ranking) -> Curve:
+        """A curve without data: the share of the weights' squares that goes."""
+        own = np.square(norms(self.found))[self.found.groups[group]][ranking.order]
+        sums = np.cumsum(own) / max(float(own.sum()), 1e-30)
+        return {stop: float(sums[stop - 1]) for stop in ranking.stops}
 
     def _removed(
         self, work: Work, rankings: Mapping[int, Ranking], curves: Mapping[int, Curve],

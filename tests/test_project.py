@@ -27,8 +27,9 @@ SHARED = {
     "halves", "half_storage", "half_forms", "half_rules", "half_ranges", "half_regions",
     "half_masks", "rescaling", "sites", "channels", "channel_moves", "moments", "data_free",
     "biases", "empirical_bias", "paired",
-    "removal", "removal_edits", "unit_choice", "unit_labels", "unit_layers", "unit_moves",
-    "unit_rules",
+    "removal", "removal_edits", "unit_budget", "unit_choice", "unit_curves", "unit_labels",
+    "unit_layers", "unit_moves", "unit_plans", "unit_readers", "unit_repair", "unit_rules",
+    "unit_trials",
 }  # fmt: skip
 
 

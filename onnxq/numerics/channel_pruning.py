@@ -92,7 +92,7 @@ class Elimination:
 
     order: NDArray[np.intp]
     costs: Wide
-    rows: dict[int, list[Wide]]
+    rows: dict[int, list[Values]]
 
 
 @dataclass(slots=True)
@@ -145,7 +145,7 @@ def eliminated(
     most = max(stops, default=count - 1)
     left = np.arange(count)
     gone, costs = list[int](), [0.0]
-    found: dict[int, list[Wide]] = {}
+    found: dict[int, list[Values]] = {}
     pace = -(-count // STEPS)
     while len(gone) < most:
         price = np.sum([state.costs(left) for state in states], axis=0)
@@ -162,7 +162,7 @@ def eliminated(
             costs.append(costs[-1] + max(here, 0.0))
         left = np.setdiff1d(left, take)
         if len(gone) in stops:
-            found[len(gone)] = [state.rows.copy() for state in states]
+            found[len(gone)] = [state.rows.astype(np.float32) for state in states]
     rest = left if order is None else order[len(gone) :]
     return Elimination(np.concatenate([np.array(gone, np.intp), rest]), np.array(costs), found)
 
