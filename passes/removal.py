@@ -279,10 +279,8 @@ def remove(model: Model, found: Structure, keep: NDArray[np.bool_], rule: str) -
     edit = Editor(model, found.sizes, keep, found.tensors)
     notes = []
     for layer in found.layers:
-        gone = np.count_nonzero(~edit.stays(layer.outputs))
-        if gone and not (layer.node.op in GATES and layer.index == 2):
-            text = f"{gone} of {layer.outputs.size} {_noun(layer)} removed"
-            notes.append(Note(rule, layer.node.name, text))
+        if not ((layer.node.op in GATES and layer.index == 2) or edit.stays(layer.outputs).all()):
+            notes.append(Note(rule, layer.node.name, _told(layer, keep)))
         if layer.is_depthwise:
             layer.node.attrs["group"] = int(edit.stays(layer.inputs[:, 0]).sum())
         elif layer.node.op in GATES:
@@ -302,10 +300,16 @@ def remove(model: Model, found: Structure, keep: NDArray[np.bool_], rule: str) -
     return notes
 
 
-def _noun(layer: Layer) -> str:
-    return {"Conv": "channels", "ConvTranspose": "channels", "Gather": "columns"}.get(
-        layer.node.op, "hidden units" if layer.node.op in GATES else "neurons"
-    )
+NOUNS = {"Conv": "channels", "ConvTranspose": "channels", "Gather": "columns"}
+
+
+def _told(layer: Layer, keep: NDArray[np.bool_]) -> str:
+    """How many of its outputs go, and how many units those are if they are fewer."""
+    units = np.unique(layer.outputs[layer.outputs != STAYS])
+    gone, whole = units[~keep[units]], layer.outputs.size
+    noun = NOUNS.get(layer.node.op, "hidden units" if layer.node.op in GATES else "neurons")
+    text = f"{np.isin(layer.outputs, gone).sum()} of {whole} {noun} removed"
+    return text if units.size == whole else f"{text}: {gone.size} of {units.size} units"
 
 
 def _together(edit: Editor, cuts: Sequence[Cut]) -> dict[tuple[gs.Node, int], Masks]:

@@ -589,7 +589,10 @@ def test_multiples_count_channels_of_heads() -> None:
     proto = attention(ATTENTION["apart"], folded(ints(hs=[0, 6, 4, 3])), back)
     for amount, left in ((0.3, 12), (0.5, 6), (0.7, 6)):
         model = Model.from_proto(proto)
-        PruneChannels(amount=amount, multiple=6)(model)
+        notes = PruneChannels(amount=amount, multiple=6)(model)
+        assert [n.text for n in notes if n.changed] == ["6 of 12 neurons removed: 2 of 4 units"] * (
+            3 if left == 6 else 0
+        )
         assert model.nodes("MatMul")[-1].inputs[1].shape[0] == left
 
 

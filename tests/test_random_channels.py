@@ -350,7 +350,7 @@ def models(draw: Draw) -> onnx.ModelProto:
     return b.model(outputs)
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=120, deadline=None, derandomize=True)
 @given(models(), st.sampled_from([0.2, 0.5, 0.8]), st.integers(0, 9))
 def test_removal_equals_zeros(proto: onnx.ModelProto, amount: float, seed: int) -> None:
     compared(proto, amount, seed=seed)
