@@ -18,6 +18,8 @@ from onnxq.passes.unit_trials import Trials, vectors
 POINTS = 8  # a curve's: each eighth of the units
 LIMIT = 16384  # vectors of all samples that are looked at
 Order = NDArray[np.int64]
+Solved = Mapping[int, list[tuple[NDArray[np.float32], NDArray[np.float64]]]]
+"""Rows and biases of readings, by how many units are gone."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -30,7 +32,7 @@ class Ranking:
     order: Order
     stops: tuple[int, ...]
     readings: tuple[Reading, ...] = ()
-    solved: Mapping[int, list[tuple[NDArray[np.float64], NDArray[np.float64]]]] | None = None
+    solved: Solved | None = None
 
 
 def stops_of(size: int, multiple: int) -> tuple[int, ...]:
@@ -60,9 +62,8 @@ class Ranker:
 
     def rank(
         self, groups: Sequence[int], fallback: NDArray[np.float64], stops: Sequence[tuple[int, ...]]
-    ) -> dict[int, Ranking]:
-        """fallback: scores [units] where no reading tells anything."""
-        found = {}
+    ) -> Iterator[tuple[int, Ranking]]:
+        """Group by group. fallback: scores [units] where no reading tells anything."""
         for batch in self._batches(groups):
             needed = {id(r): r for group in batch for r in self.readers(group)}
             seen = {key: Moments() for key in needed}
@@ -71,8 +72,7 @@ class Ranker:
                 lambda reading, x, seen=seen: seen[id(reading)].add(x),  # type: ignore[misc]
             )  # fmt: skip
             for group in batch:
-                found[group] = self._ranked(group, seen, fallback, stops[group])
-        return found
+                yield group, self._ranked(group, seen, fallback, stops[group])
 
     def readers(self, group: int) -> list[Reading]:
         """The readings that have units of the group."""
@@ -117,7 +117,7 @@ class Ranker:
 
     def _solved(
         self, made: Elimination, readings: Sequence[Reading], seen: Mapping[int, Moments]
-    ) -> Mapping[int, list[tuple[NDArray[np.float64], NDArray[np.float64]]]] | None:
+    ) -> Solved | None:
         if not self.compensates:
             return None
         return {
@@ -145,29 +145,22 @@ def _energy(reader: Reader) -> NDArray[np.float64]:
     return np.asarray(reader.weight * each[reader.at].sum(1))
 
 
-def measured(
-    trials: Trials, rankings: Mapping[int, Ranking], progress: Callable[[int], None] | None = None
-) -> dict[int, dict[int, float]]:
-    """For each group the noise at the model's outputs, by how many of its units are gone.
+def measured(trials: Trials, group: int, ranking: Ranking) -> dict[int, float]:
+    """The noise at the model's outputs, by how many units of a group are gone.
 
     It never gets less with more of them: what seems to is chance.
     """
-    found = {}
-    for i, (group, ranking) in enumerate(rankings.items()):
-        curve, worst = {}, 0.0
-        units = trials.found.groups[group]
-        for stop in ranking.stops:
-            gone = np.zeros(trials.found.count, np.bool_)
-            gone[units[ranking.order[:stop]]] = True
-            trials.switch_off(gone)
-            if ranking.solved is not None:
-                solved = zip(ranking.readings, ranking.solved[stop], strict=True)
-                for reading, (rows, bias) in solved:
-                    trials.put(reading, rows, None if reading.bias is None else bias)
-            worst = max(worst, trials.distance().noise)
-            curve[stop] = worst
-            trials.reset()
-        found[group] = curve
-        if progress is not None:
-            progress(i + 1)
-    return found
+    curve, worst = {}, 0.0
+    units = trials.found.groups[group]
+    for stop in ranking.stops:
+        gone = np.zeros(trials.found.count, np.bool_)
+        gone[units[ranking.order[:stop]]] = True
+        trials.switch_off(gone)
+        if ranking.solved is not None:
+            solved = zip(ranking.readings, ranking.solved[stop], strict=True)
+            for reading, (rows, bias) in solved:
+                trials.put(reading, rows, None if reading.bias is None else bias)
+        worst = max(worst, trials.distance().noise)
+        curve[stop] = worst
+        trials.reset()
+    return curve

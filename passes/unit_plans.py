@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import gcd
 from typing import Any
 
@@ -30,7 +30,7 @@ JUDGES = 32
 HALVINGS = 6  # of the share of work, in search of a size or a time
 SECONDS = 1.0  # of timing, each time
 COARSER = 2.0  # times the noise that counts may make which kernels like better
-ENOUGH = 0.85  # of the share that is saved has to be saved in blocks of channels, too
+ENOUGH = 1.0  # of the share that is saved has to be saved in blocks of channels, too
 NOTHING = "nothing makes up for what is removed without samples of real data: give --data"
 HOW = {
     "norm": "by the norm of weights",
@@ -89,13 +89,18 @@ class Pruning:
         work = Work.of(self.model, self.found, shapes)
         groups = self._worth_it(work)
         found = list(readings(self.model, self.found))
-        rankings = self._rankings(groups, found, criterion, samples)
-        if samples is None or samples.synthetic:
-            trials, curves = None, self._guessed(rankings)
-        else:
-            trials = Trials(self.model, self.found, divided(samples)[1].take(JUDGES))
-            curves = {} if self.aims.amount is not None else measured(trials, rankings)
-        removed = self._removed(work, rankings, curves, samples)
+        trials, curves = None, dict[int, Curve]()
+        if samples is not None and not samples.synthetic:
+            judging = divided(samples)[1].take(JUDGES)
+            trials = Trials(self.model, self.found, judging, self.memory // 4)
+        rankings = dict[int, Ranking]()
+        for group, ranking in self._ranked(groups, found, criterion, samples):
+            if self.aims.amount is None:
+                curves[group] = (
+                    measured(trials, group, ranking) if trials else self._guessed(group, ranking)
+                )
+            rankings[group] = replace(ranking, readings=(), solved=None)
+        removed, told = self._removed(work, rankings, curves, samples)
         gone = self._gone(rankings, removed)
         if not gone.any():
             why = "nothing can go: groups of channels are too small, or are to be left alone"
@@ -115,7 +120,7 @@ class Pruning:
             notes.append(Note(self.rule, name, NOTHING, changed=False))
             if self.aims.amount is not None:
                 return notes
-        whole = f"{share:.1%} of multiply-accumulates removed, {HOW[criterion]}{text}"
+        whole = f"{share:.1%} of multiply-accumulates removed, {HOW[criterion]}{told}{text}"
         return [Note(self.rule, name, whole), *notes]
 
     def _nodes(self) -> dict[str, gs.Node]:
@@ -195,23 +200,21 @@ class Pruning:
             if size > 1 and (self.aims.amount is not None or work.saved(none, g, size) > least)
         ]  # fmt: skip
 
-    def _rankings(
+    def _ranked(
         self, groups: Sequence[int], found: Sequence[Reading], criterion: str,
         samples: Samples | None,
-    ) -> dict[int, Ranking]:  # fmt: skip
-        scores = norms(self.found)
-        stops = self._stops()
-        is_real = samples is not None and not samples.synthetic
-        if samples is None or not is_real or (criterion == "norm" and not self.compensation):
-            return {
-                g: Ranking(np.argsort(scores[self.found.groups[g]], kind="stable"), stops[g])
-                for g in groups
-            }
+    ) -> Iterator[tuple[int, Ranking]]:  # fmt: skip
+        """Group by group: what makes up for it takes memory."""
+        scores, stops = norms(self.found), self._stops()
+        is_plain = criterion == "norm" and not self.compensation
+        if samples is None or samples.synthetic or is_plain:
+            for g in groups:
+                yield g, Ranking(np.argsort(scores[self.found.groups[g]], kind="stable"), stops[g])
+            return
+        solves = self.compensation and self.aims.amount is None
         fitted = divided(samples)[0]
-        ranker = Ranker(
-            self.model, self.found, found, fitted, criterion, self.compensation, self.memory
-        )
-        return ranker.rank(groups, scores, stops)
+        ranker = Ranker(self.model, self.found, found, fitted, criterion, solves, self.memory)
+        yield from ranker.rank(groups, scores, stops)
 
     def _stops(self) -> list[tuple[int, ...]]:
         """For each group, how many of its units may go."""
@@ -227,36 +230,41 @@ class Pruning:
             found.append(tuple(sorted(wanted)))
         return found
 
-    def _guessed(self, rankings: Mapping[int, Ranking]) -> dict[int, dict[int, float]]:
-        """Curves without data: the share of the weights' squares that goes."""
-        scores = np.square(norms(self.found))
-        found = {}
-        for group, ranking in rankings.items():
-            own = scores[self.found.groups[group]][ranking.order]
-            sums = np.cumsum(own) / max(float(own.sum()), 1e-30)
-            found[group] = {stop: float(sums[stop - 1]) for stop in ranking.stops}
-        return found
+    def _guessed(self, group: int, ranking: Ranking) -> Curve:
+        """A curve without data: the share of the weights' squares that goes."""
+        own = np.square(norms(self.found))[self.found.groups[group]][ranking.order]
+        sums = np.cumsum(own) / max(float(own.sum()), 1e-30)
+        return {stop: float(sums[stop - 1]) for stop in ranking.stops}
 
     def _removed(
         self, work: Work, rankings: Mapping[int, Ranking], curves: Mapping[int, Curve],
         samples: Samples | None,
-    ) -> Counts:  # fmt: skip
+    ) -> tuple[Counts, str]:  # fmt: skip
+        """How many units of each group go, and what has to be said of it."""
         aims = self.aims
         if aims.amount is not None:
             removed = np.zeros_like(work.sizes)
             for group, ranking in rankings.items():
                 removed[group] = max(ranking.stops, default=0)
-            return removed
+            return removed, ""
         if aims.macs is not None:
-            return self._allotted(work, curves, aims.macs)
-        low, high = 0.0, 1.0
+            removed = self._allotted(work, curves, aims.macs)
+            left = work.left(removed) / work.left(np.zeros_like(removed))
+            missed = left > 1 - aims.macs + 1e-9
+            return removed, f", fewer than the {aims.macs:.0%} asked for" if missed else ""
+        low, high, best, share = 0.0, 1.0, np.inf, np.inf
         for _ in range(HALVINGS):
-            share = (low + high) / 2
-            if self._saves(rankings, self._allotted(work, curves, share), samples):
-                high = share
+            middle = (low + high) / 2
+            left = self._left(rankings, self._allotted(work, curves, middle), samples)
+            best = min(best, left)
+            if left <= 1 - (aims.size or aims.latency or 0.0):
+                high, share = middle, left
             else:
-                low = share
-        return self._allotted(work, curves, high)
+                low = middle
+        what = "of the weights' bytes" if aims.size is not None else "of the time, measured"
+        missed = np.isinf(share)
+        text = f"; {best if missed else share:.0%} {what}{', not what was asked' if missed else ''}"
+        return self._allotted(work, curves, high), text
 
     def _allotted(self, work: Work, curves: Mapping[int, Curve], share: float) -> Counts:
         """How many units go; of counts that kernels like where that costs little more.
@@ -285,21 +293,18 @@ class Pruning:
         step = multiples[min(level, len(multiples) - 1)]
         return {stop: noise for stop, noise in curve.items() if (size - stop) % step == 0}
 
-    def _saves(
+    def _left(
         self, rankings: Mapping[int, Ranking], removed: Counts, samples: Samples | None
-    ) -> bool:
-        """Whether the model without these units is as small, or as fast, as is wanted."""
+    ) -> float:
+        """What the model without these units has of the original's bytes, or of its time."""
         trial = self.model.copy()
         dense = [id(node) for node in trial.nodes() if node.name in self.dense]
         remove(trial, structure(trial, self.rule, dense), ~self._gone(rankings, removed), self.rule)
         if self.aims.size is not None:
-            left = sum(trial.weight_sizes()) / max(sum(self.model.weight_sizes()), 1)
-            return left <= 1 - self.aims.size
+            return sum(trial.weight_sizes()) / max(sum(self.model.weight_sizes()), 1)
         assert samples is not None
-        assert self.aims.latency is not None
         feed = next(iter(samples))
-        found = runtime.latency(self.model, trial, feed, seconds=SECONDS)
-        return found.ratio <= 1 - self.aims.latency
+        return runtime.latency(self.model, trial, feed, seconds=SECONDS).ratio
 
     def _gone(self, rankings: Mapping[int, Ranking], removed: Counts) -> NDArray[np.bool_]:
         gone = np.zeros(self.found.count, np.bool_)

@@ -22,7 +22,7 @@ from onnxq.passes.unit_readers import Reading, Rows
 from onnxq.passes.unit_trials import Trials, fetched
 from onnxq.sampling import divided
 
-LIMIT = 32768  # vectors of all samples
+LIMIT, LEAST, EACH = 32768, 4096, 32  # vectors of all samples: at most, at least, for each value
 RIDGES = (0.01, 0.1, 1.0)
 MOST = 96  # layers that are fitted in a network at most, one run of the samples for each
 
@@ -57,7 +57,7 @@ def _fitted(
 ) -> bool:
     columns, outputs = reading.columns, len(reading.outputs)
     room = memory // (4 * (3 * columns.size + 6 * outputs))
-    limit = min(LIMIT, room)
+    limit = min(LIMIT, max(LEAST, EACH * columns.size), room)
     if limit < min(LIMIT, columns.size):
         return False
     sight = _Sight(reading, limit, samples)

@@ -40,11 +40,15 @@ class Distance:
 
 @dataclass(slots=True)
 class Trials:
-    """The original, its copy, and what the original gives on the samples that judge."""
+    """The original, its copy, and what the original gives on the samples that judge.
+
+    memory: bytes of outputs, about; as many samples judge.
+    """
 
     model: Model
     found: Structure
     judging: Samples
+    memory: int
     copy: Model = field(init=False)
     nodes: dict[str, gs.Node] = field(init=False)
     original: list[list[NDArray[Any]]] = field(init=False)
@@ -54,7 +58,14 @@ class Trials:
     def __post_init__(self) -> None:
         self.copy = self.model.copy()
         self.nodes = {node.name: node for node in self.copy.nodes()}
-        self.original = list(_outputs(self.model, self.judging))
+        self.original = []
+        size = 0
+        for outputs in _outputs(self.model, self.judging):
+            size += sum(v.nbytes for v in outputs if isinstance(v, np.ndarray))
+            if self.original and size > self.memory:
+                break
+            self.original.append(outputs)
+        self.judging = self.judging.take(len(self.original))
 
     def distance(self) -> Distance:
         """How far the copy's outputs are from the original's."""

@@ -118,7 +118,7 @@ def test_fits_like_a_solver() -> None:
     target = x @ rows.T + np.float32(3)
     made, bias = Fitting(rows[:, 4:], left, Aim(target)).solve(1e-6)
     error = np.square(left @ made.T + bias - target, dtype=np.float64).sum() / VECTORS
-    assert error == pytest.approx(residual(x.astype(np.float64), rows, (0, 1)), rel=0.02)
+    assert error == pytest.approx(residual(*drawn(7), (0, 1)), rel=0.02)
 
 
 def test_a_large_ridge_keeps_the_rows() -> None:

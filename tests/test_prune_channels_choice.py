@@ -185,7 +185,8 @@ def test_share_of_work(share: float) -> None:
 
 def test_size_and_multiples() -> None:
     model = block()
-    made, _ = pruned(model, size=0.4, samples=real(model), multiple=8)
+    made, notes = pruned(model, size=0.4, samples=real(model), multiple=8)
+    assert "of the weights' bytes; outputs within" in notes[0].text
     assert sum(made.weight_sizes()) <= 0.6 * sum(model.weight_sizes())
     assert all(made.nodes("Conv")[i].inputs[1].shape[0] % 8 == 0 for i in (0, 2))
 
@@ -193,9 +194,18 @@ def test_size_and_multiples() -> None:
 def test_latency_is_measured() -> None:
     model = block()
     samples = real(model)
-    made, _ = pruned(model, latency=0.25, samples=samples, target=load_target("ort-cpu"))
+    made, notes = pruned(model, latency=0.25, samples=samples, target=load_target("ort-cpu"))
+    assert "of the time, measured; outputs within" in notes[0].text
     feed = next(iter(samples))
     assert runtime.latency(model, made, feed, seconds=0.5).ratio < 0.9
+
+
+def test_what_cannot_be_reached_is_said() -> None:
+    model = block()
+    _, notes = pruned(model, macs=0.99, samples=real(model))
+    assert "fewer than the 99% asked for" in notes[0].text
+    _, notes = pruned(model, size=0.99, samples=real(model))
+    assert "not what was asked" in notes[0].text
 
 
 def test_curves_fall() -> None:

@@ -35,19 +35,37 @@ SWEEPS = 6  # of targets moving behind a clamp
 
 @dataclass(slots=True)
 class Moments:
-    """Sums over vectors [count, K]: of x and of x x^T, from which mean and covariance follow."""
+    """Sums over vectors [count, K]: of x and of x x^T, from which mean and covariance follow.
+
+    Vectors wait until there are about as many as they are long: products are K x K values.
+    """
 
     count: int = 0
     sums: Wide = field(default_factory=lambda: np.zeros(0))
-    products: Wide = field(default_factory=lambda: np.zeros((0, 0)))
+    waiting: list[Values] = field(default_factory=list)
+    added: Wide = field(default_factory=lambda: np.zeros((0, 0)))
 
     def add(self, x: Values) -> None:
-        """Add vectors; the products are added up in float32."""
+        """Add vectors; products of some of them are added up in float32."""
         if not self.count:
-            self.sums, self.products = np.zeros(x.shape[1]), np.zeros((x.shape[1],) * 2)
+            self.sums, self.added = np.zeros(x.shape[1]), np.zeros((x.shape[1],) * 2)
         self.count += len(x)
         self.sums += x.sum(0, dtype=np.float64)
-        self.products += x.T @ x
+        self.waiting.append(x)
+        if sum(len(part) for part in self.waiting) >= 2 * x.shape[1]:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self.waiting:
+            whole = np.concatenate(self.waiting)
+            self.added += whole.T @ whole
+            self.waiting = []
+
+    @property
+    def products(self) -> Wide:
+        """[K, K]."""
+        self._flush()
+        return self.added
 
     @property
     def mean(self) -> Wide:
@@ -92,7 +110,7 @@ class Elimination:
 
     order: NDArray[np.intp]
     costs: Wide
-    rows: dict[int, list[Wide]]
+    rows: dict[int, list[Values]]
 
 
 @dataclass(slots=True)
@@ -145,7 +163,7 @@ def eliminated(
     most = max(stops, default=count - 1)
     left = np.arange(count)
     gone, costs = list[int](), [0.0]
-    found: dict[int, list[Wide]] = {}
+    found: dict[int, list[Values]] = {}
     pace = -(-count // STEPS)
     while len(gone) < most:
         price = np.sum([state.costs(left) for state in states], axis=0)
@@ -162,7 +180,7 @@ def eliminated(
             costs.append(costs[-1] + max(here, 0.0))
         left = np.setdiff1d(left, take)
         if len(gone) in stops:
-            found[len(gone)] = [state.rows.copy() for state in states]
+            found[len(gone)] = [state.rows.astype(np.float32) for state in states]
     rest = left if order is None else order[len(gone) :]
     return Elimination(np.concatenate([np.array(gone, np.intp), rest]), np.array(costs), found)
 
