@@ -22,7 +22,7 @@ from onnxq.weights import Weight
 
 TABLE = "a table: its rows are looked up, and zeros in them save no products"
 QUANTIZED = "its weight is quantized already: prune before that, or requantize"
-DEPTHWISE = "depthwise: few weights, and none beside them that makes up for a zero"
+FEW = 3  # input channels of a convolution, so few that none makes up for another
 FLOATS = (np.float16, np.float32, np.float64)
 
 
@@ -112,14 +112,12 @@ def _why_not(uses: Sequence[tuple[gs.Node, Held]], smallest: int) -> str | None:
         return f"its weight is also read by {other.op}, as it is"
     if any(h.key != held.key for _, h in uses):
         return "its weight is used in another way elsewhere"
-    if is_depthwise(node, held):
-        return DEPTHWISE
+    inputs = held.length // held.taps
+    if node.op == "ConvTranspose":  # its rows are over all groups
+        inputs //= int(node.attrs.get("group", 1))
+    if node.op in ("Conv", "ConvTranspose") and inputs <= FEW:
+        which = "one input channel makes" if inputs == 1 else f"{inputs} input channels make"
+        return f"{which} a result: few weights, and none that makes up for a zero"
     if (size := prod(held.shape)) < smallest:
         return f"{size} weights: those of fewer than {smallest} stay dense"
     return None
-
-
-def is_depthwise(node: gs.Node, held: Held) -> bool:
-    """Whether each result comes of one input channel."""
-    group = int(node.attrs.get("group", 1))
-    return node.op in ("Conv", "ConvTranspose") and group > 1 and held.shape[0] == group

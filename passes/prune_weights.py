@@ -41,7 +41,9 @@ AMOUNT = 0.5
 
 @dataclass(frozen=True, slots=True)
 class PruneWeights:
-    """Exact zeros in the weights of layers; tables, biases and depthwise kernels stay.
+    """Exact zeros in the weights of layers.
+
+    Biases, tables, and kernels over at most 3 input channels (depthwise, or of images) stay.
 
     amount: the share that goes (0.5), of each weight (scope layer), of all together (global), or of
     all together where that costs least at the model's outputs (sensitivity). threshold: in its

@@ -150,6 +150,15 @@ def test_codebooks_keep_zeros(kind: Any, bits: int) -> None:
     keeps(model, samples, ReconstructCodebook(samples, codebook=kind, bits=bits), own)
 
 
+def test_vectors_leave_a_pruned_weight_to_linear_numbers() -> None:
+    model, samples = small()
+    own = QuantizeCodebook(codebook="vector", bits=4)
+    after = keeps(model, samples, own)
+    assert all(stands.form == "storage" for _, _, stands in stored_weights(after))
+    PruneWeights(samples)(model)
+    assert all("does not keep the zeros" in note.text for note in own(model))
+
+
 PASS_LISTS: dict[str, Any] = {
     "equalize": lambda s: (EqualizeLayers(), PASSES["fold_batchnorm"]),
     "smooth": lambda s: (SmoothActivations(CPU, s, insert=True), QuantizeStatic(CPU, s)),

@@ -26,6 +26,7 @@ SHAPES = {
     "wtg": (8, 8, 3, 3), "w1": (16, 8, 5), "m": (32, 48), "mt": (48, 32), "m2": (48, 40),
     "left": (40, 20), "lw": (1, 64, 32), "lr": (1, 64, 16), "bw": (2, 48, 32),
     "br": (2, 48, 16), "table": (40, 32), "stack": (2, 32, 24), "tiny": (32, 8),
+    "rgb": (64, 3, 3, 3),
 }  # fmt: skip
 IMAGE, ROWS, FOUR = "float[1, 8, 6, 6] x", "float[20, 32] x", "float[a, b, c, d] y"
 OUT, SEQUENCE = "float[a, b] y", "float[9, 1, 32] x"
@@ -307,7 +308,11 @@ def test_magnitude_stays_where_it_is_better() -> None:
 
 DECLINES = [
     pytest.param("y = Gather(table, x)", "int64[1, 7] x", "a table", id="table"),
-    pytest.param("y = Conv<group = 24>(x, wd)", "float[1, 24, 9, 9] x", "depthwise", id="deep"),
+    pytest.param("y = Conv<group = 24>(x, wd)", "float[1, 24, 9, 9] x", "one input", id="deep"),
+    pytest.param(
+        "y = ConvTranspose<group = 24>(x, wd)", "float[1, 24, 9, 9] x", "one input", id="wide"
+    ),
+    pytest.param("y = Conv(x, rgb)", "float[1, 3, 9, 9] x", "3 input channels make", id="rgb"),
     pytest.param("y = MatMul(x, tiny)", ROWS, "256 weights: those of fewer than 512", id="tiny"),
     pytest.param(
         "h = MatMul(x, m) g = Transpose(m) y = MatMul(h, g)", ROWS, "read by Transpose", id="moved"
@@ -320,7 +325,7 @@ DECLINES = [
 
 @pytest.mark.parametrize(("body", "inputs", "why"), DECLINES)
 def test_declines(body: str, inputs: str, why: str) -> None:
-    ranks = {"table": "float[a, b, c] y", "wd": FOUR}
+    ranks = {"table": "float[a, b, c] y", "wd": FOUR, "rgb": FOUR}
     out = next((out for name, out in ranks.items() if name in body), OUT)
     before = model(body, inputs, out)
     after, notes = pruned(before)
