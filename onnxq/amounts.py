@@ -4,9 +4,8 @@
     nm 2:4                         2 of each 4 inputs of a layer stay           prune_weights
     prune_channels 0.3, 30%        share of the multiply-accumulates            prune_channels
 
-A recipe that has the pass gets its options; so does reconstruct_weights where the recipe has it
-choose zeros and integers in one (`amount` or `nm` among its options). Another recipe gets the pass:
-behind its clean-up, channels first; without one in front of what quantizes, or else at the end.
+A recipe that has the pass gets its options. Another recipe gets the pass: behind its clean-up,
+channels first; without one in front of what quantizes, or else at the end.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from onnxq.errors import RecipeError, meant
 from onnxq.recipes import NARROWING, PRUNING, Recipe
 
 CRITERIA = ("magnitude", "wanda", "obs")
-WEIGHTS, CHANNELS, IN_ONE = "prune_weights", "prune_channels", "reconstruct_weights"
+WEIGHTS, CHANNELS = "prune_weights", "prune_channels"
 HOW_MUCH = ("amount", "threshold", "nm")
 """Options of prune_weights of which one is given."""
 SAVINGS = ("amount", "macs", "size", "latency")
@@ -77,14 +76,6 @@ class Amounts:
     def _thinned(self, recipe: Recipe) -> Recipe:
         """The recipe that prunes weights."""
         options: dict[str, Any] = {"nm": self.nm} if self.nm else {"amount": self.weights}
-        own = recipe.options.get(IN_ONE, {})
-        if WEIGHTS not in recipe.passes and not own.keys().isdisjoint(("amount", "nm")):
-            if self.criterion not in (None, "obs"):
-                raise RecipeError(
-                    f"recipe {recipe.name} chooses zeros and integers in one, by obs: "
-                    f"--prune without :{self.criterion}"
-                )
-            return _with(recipe, IN_ONE, options, {"amount", "nm"})
         if self.criterion is not None:
             options["criterion"] = self.criterion
         own = recipe.options.get(WEIGHTS, {})

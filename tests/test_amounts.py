@@ -99,21 +99,6 @@ def test_where_there_is_no_clean_up() -> None:
     assert last.passes == ("raise_opset", "prune_weights")
 
 
-def test_zeros_and_integers_in_one() -> None:
-    """Where a recipe has one sweep choose both, that is told how many."""
-    both = Recipe(
-        "both", "x", ("cleanup", "reconstruct_weights"), {"reconstruct_weights": {"amount": 0.5}}
-    )
-    found = with_amounts(both, prune="70%")
-    assert found.passes == both.passes
-    assert found.options["reconstruct_weights"]["amount"] == 0.7
-    found = with_amounts(both, nm="2:4", prune="0.5:obs")
-    assert found.options["reconstruct_weights"] == {"nm": "2:4"}
-    assert found.is_pruning
-    with pytest.raises(RecipeError, match="zeros and integers in one, by obs: --prune without"):
-        with_amounts(both, prune="0.5:wanda")
-
-
 def test_all_that_a_recipe_chooses_from_prune() -> None:
     found = with_amounts("auto", prune=0.5, weights="int8")
     assert len(found.choose) > 2

@@ -51,10 +51,8 @@ class Recipe:
 
     @property
     def is_pruning(self) -> bool:
-        """Whether one of its passes prunes: also reconstruct_weights, with an amount."""
-        own = self.options.get("reconstruct_weights", {})
-        in_one = "reconstruct_weights" in self.passes and bool(own.get("amount") or own.get("nm"))
-        return in_one or any(name.startswith(PRUNING) for name in self.passes)
+        """Whether one of its passes prunes."""
+        return any(name.startswith(PRUNING) for name in self.passes)
 
     @property
     def changes_work(self) -> bool:
