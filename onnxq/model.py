@@ -85,7 +85,7 @@ class Model:
     """What the model was before its activations were quantized, for passes that correct what that
     costs: one, or none. Nodes and tensors have the same names there; weights are shared."""
     pruned: dict[str, Pruned] = field(default_factory=dict, repr=False)
-    """Where pruning has made zeros, by the name of the layer's node (see onnxq.masks)."""
+    """Where pruning has made zeros, by the name of the layer's node (see onnxq.passes.masks)."""
     _counts: dict[str, int] = field(default_factory=dict, repr=False)
     _walked: list[gs.Graph] = field(default_factory=list, repr=False)
     scratch: Scratch = field(default_factory=lambda: Scratch(is_used=False), repr=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from onnxq.core import Note
-from onnxq.masks import PrunedLayer
+from onnxq.passes.masks import PrunedLayer
 
 SENSITIVE = 3  # layers that people see
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from onnxq.choosing import NOISE, Candidate
 from onnxq.core import Note
 from onnxq.coverage import Coverage
-from onnxq.masks import PrunedLayer
+from onnxq.passes.masks import PrunedLayer
 from onnxq.pruning_rows import pruning_rows
 from onnxq.recipes import NARROWING, Recipe
 from onnxq.runtime import Latency

@@ -11,9 +11,9 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from onnxq.masks import zeros_of
 from onnxq.model import Model
 from onnxq.numerics.entropy import entropy_of, excerpt, float_zeros
+from onnxq.passes.masks import zeros_of
 from onnxq.passes.packed_weights import Stands, shape_of, stored_weights
 from onnxq.weights import Stored, bytes_in, values_in
 

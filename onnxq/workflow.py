@@ -21,11 +21,11 @@ from onnxq.interfaces import (
 from onnxq.job import Job, Progress
 from onnxq.leftovers import temporary_folder
 from onnxq.loading import ModelLike, PathLike, load, name_of, size_of
-from onnxq.masks import survived
 from onnxq.model import Model
 from onnxq.ortformat import check_name, write_ort
 from onnxq.passes import cleanup
 from onnxq.passes.integer_io import Type
+from onnxq.passes.masks import survived
 from onnxq.plausibility import doubts
 from onnxq.preconditions import (
     blames_the_model,

@@ -26,11 +26,11 @@ from onnxq.core import Note
 from onnxq.data import Samples
 from onnxq.errors import DataError
 from onnxq.layers import Layers
-from onnxq.masks import remember
 from onnxq.model import Model
 from onnxq.numerics.pruning import DAMPING
 from onnxq.numerics.sparsity import Pattern
 from onnxq.options import require_range
+from onnxq.passes.masks import remember
 from onnxq.passes.observing import UNREAL, Observing
 from onnxq.passes.prunable import find_prunable
 from onnxq.passes.pruning import Criterion, Plan, Scope, pruned_model
