@@ -53,6 +53,10 @@ SYNTHETIC_RANGES = (
     "no --data: ranges come from synthetic samples, expect a loss of accuracy; "
     "give real ones before you deploy"
 )
+PRUNED_BLINDLY = (
+    "no --data: what is pruned is chosen by weights alone, and nothing makes up for it; expect a "
+    "loss of accuracy, which synthetic samples do not show"
+)
 
 
 def optimize(
@@ -122,6 +126,8 @@ def optimize(
             job.warnings += doubts(edited, samples)
             if fits and data is None:
                 job.warnings.append(KEPT_RANGES if edited.ranges else SYNTHETIC_RANGES)
+            if data is None and any(one.is_pruning for one in chosen.candidates):
+                job.warnings.append(PRUNED_BLINDLY)
             fitting, held = split(samples)
             compared = NO_SAMPLES if validate is False else held
         with _statistics_file(calibration) as statistics:

@@ -1,8 +1,6 @@
-"""Which units of a model to keep."""
+"""How much of its weights each unit of a model is."""
 
 from __future__ import annotations
-
-from math import gcd
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,21 +25,3 @@ def norms(found: Structure) -> NDArray[np.float64]:
         np.add.at(total, layer.outputs[is_unit], squares[is_unit] / mean)
         np.add.at(count, layer.outputs[is_unit], 1.0)
     return np.sqrt(total / np.maximum(count, 1.0))
-
-
-def choose(
-    found: Structure, scores: NDArray[np.float64], amount: float, multiple: int = 1
-) -> NDArray[np.bool_]:
-    """Keep the units with the highest scores, the same share of each group; ties by number.
-
-    multiple: of how many channels layers keep of a group, rounded up; a group that has fewer keeps
-    all of them. A head is as many channels as it is wide.
-    """
-    keep = np.ones(found.count, np.bool_)
-    for number, group in enumerate(found.groups):
-        left = max(1, len(group) - int(amount * len(group) + 1e-9))
-        step = multiple // gcd(multiple, found.width(number))
-        left = min(len(group), -(-left // step) * step)
-        order = np.argsort(scores[group], kind="stable")
-        keep[group[order[: len(group) - left]]] = False
-    return keep

@@ -107,9 +107,10 @@ class Pruning:
             return [Note(self.rule, self.model.graph.name, why, changed=False)]
         text = self._repaired(trials, found, gone, samples)
         share = 1 - work.left(removed) / work.left(np.zeros_like(removed))
-        notes = self._curve_notes(curves)
+        notes = [] if trials is None else self._curve_notes(curves)
         changes = {} if trials is None else trials.fitted()
-        later = {key: v for key, v in changes.items() if not self._has_input(*key)}
+        nodes = self._nodes()
+        later = {(n, i): v for (n, i), v in changes.items() if not _has_input(nodes[n], i)}
         self._write({key: v for key, v in changes.items() if key not in later})
         notes += remove(self.model, self.found, ~gone, self.rule)
         outputs = {reading.name: reading.outputs for reading in found}
@@ -125,11 +126,6 @@ class Pruning:
 
     def _nodes(self) -> dict[str, gs.Node]:
         return {node.name: node for node in self.model.nodes()}
-
-    def _has_input(self, name: str, index: int) -> bool:
-        """Whether there is a constant yet; a bias that is added is cut to size already."""
-        inputs = self._nodes()[name].inputs
-        return index < len(inputs) and bool(inputs[index].name)
 
     def _write(self, changes: Mapping[tuple[str, int], NDArray[Any]]) -> None:
         """New constants of nodes."""
@@ -166,7 +162,7 @@ class Pruning:
         """How sensitive the outputs are to each group."""
         notes = []
         for group, curve in curves.items():
-            if self.aims.amount is None and curve and self.samples is not None:
+            if self.aims.amount is None and curve:
                 size = len(self.found.groups[group])
                 made = self.found.producers(group)
                 points = tuple(
@@ -311,3 +307,8 @@ class Pruning:
         for group, ranking in rankings.items():
             gone[self.found.groups[group][ranking.order[: removed[group]]]] = True
         return gone
+
+
+def _has_input(node: gs.Node, index: int) -> bool:
+    """Whether there is a constant yet, which is cut to size with the units."""
+    return index < len(node.inputs) and bool(node.inputs[index].name)

@@ -12,8 +12,17 @@ from numpy.typing import NDArray
 from onnxq import runtime
 from onnxq.model import Model, values_of
 from onnxq.passes.removal import Structure, remove, structure, weight_from, weight_matrix
-from onnxq.passes.unit_choice import choose
+from onnxq.passes.unit_budget import even
 from onnxq.synthetic import synthetic_samples
+
+
+def chosen(found: Structure, scores: NDArray[np.float64], amount: float) -> NDArray[np.bool_]:
+    """Keep the units with the highest scores, the same share of each group; ties by number."""
+    keep = np.ones(found.count, np.bool_)
+    for group in found.groups:
+        order = np.argsort(scores[group], kind="stable")
+        keep[group[order[: even(len(group), amount)]]] = False
+    return keep
 
 
 def zeroed(proto: onnx.ModelProto, keep: NDArray[np.bool_]) -> onnx.ModelProto:
@@ -53,7 +62,7 @@ def compared(
     onnx.checker.check_model(proto, full_check=True)
     model = Model.from_proto(proto).copy()
     found = structure(model, "test")
-    keep = choose(found, np.random.default_rng(seed).random(found.count), amount)
+    keep = chosen(found, np.random.default_rng(seed).random(found.count), amount)
     remove(model, found, keep, "test")
     result = model.to_proto()
     onnx.checker.check_model(result, full_check=True)

@@ -18,6 +18,7 @@ from onnxq.cli import main
 from onnxq.errors import BudgetError, RecipeError
 from onnxq.recipes import Recipe, load_recipe
 from onnxq.settings import configured
+from onnxq.workflow import PRUNED_BLINDLY
 
 MODELS = Path(__file__).parent.parent / "models"
 CNN, DATA = MODELS / "digits_cnn.onnx", MODELS / "digits_cnn.calib.npz"
@@ -184,6 +185,14 @@ def test_slim_is_smaller_and_says_what_work_is_left(tmp_path: Path) -> None:
     curves = [note for note in json.loads(report.to_json())["notes"] if note["curve"]]
     assert all(len(point) == 2 for note in curves for point in note["curve"])
     assert ("most sensitive" in report.text()) == bool(curves)
+    assert PRUNED_BLINDLY not in report.warnings
+
+
+def test_slim_without_data_says_so(tmp_path: Path) -> None:
+    """No curve either: the outputs were not looked at."""
+    report = onnxq.optimize(CNN, tmp_path / "x.onnx", recipe="slim")
+    assert PRUNED_BLINDLY in report.warnings
+    assert not any(note.curve for note in report.notes)
 
 
 def small(tmp_path: Path) -> Path:
@@ -206,7 +215,8 @@ def test_lost_zeros_are_a_warning(tmp_path: Path) -> None:
         'description = "x"\npasses = ["cleanup", "prune_weights", "test_amounts:ShiftWeights"]\n'
     )
     report = onnxq.optimize(small(tmp_path), tmp_path / "x.onnx", recipe=str(recipe))
-    (warning,) = [w for w in report.warnings if "pruned" in w]
+    blind, warning = [w for w in report.warnings if "pruned" in w]
+    assert blind == PRUNED_BLINDLY
     assert warning.startswith("2048 weights that were pruned are not zero in the result, in ")
     assert "2048 of 4096 still are" in report.text()
     assert [row.kept == row.zeros for row in report.pruned] == [False, True]
@@ -231,7 +241,5 @@ def test_zeros_are_found_again_in_each_form(recipe: str, tmp_path: Path) -> None
     settings = Settings(prune="0.5:magnitude")
     report = onnxq.optimize(path, tmp_path / "x.onnx", recipe=recipe, settings=settings)
     assert len(report.pruned) == 2
-    assert all(row.kept is not None for row in report.pruned)
-    if recipe != "codebook-weights":
-        assert all(row.kept == row.zeros == 2048 for row in report.pruned)
-        assert all(row.zeros is not None and row.zeros >= 0.5 for row in report.stored)
+    assert all(row.kept == row.zeros == 2048 for row in report.pruned)
+    assert all(row.zeros is not None and row.zeros >= 0.5 for row in report.stored)

@@ -26,7 +26,7 @@ SHARED = {
     "moves", "pairs", "switches", "range_simulation", "range_search", "range_mixing",
     "halves", "half_storage", "half_forms", "half_rules", "half_ranges", "half_regions",
     "half_masks", "rescaling", "sites", "channels", "channel_moves", "moments", "data_free",
-    "biases", "empirical_bias", "paired", "prunable", "prune_curves", "pruning", "removal",
+    "biases", "empirical_bias", "paired", "masks", "prunable", "prune_curves", "pruning", "removal",
     "removal_edits", "unit_choice", "unit_labels", "unit_layers", "unit_moves", "unit_rules",
     "unit_budget", "unit_curves", "unit_plans", "unit_readers", "unit_repair", "unit_trials",
 }  # fmt: skip

@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper, parser
-from pruning_cases import compared
+from pruning_cases import chosen, compared
 from test_equalize_layers import IMAGE, ROWS
 from test_equalize_layers import net as drawn
 
@@ -14,7 +14,7 @@ from onnxq.errors import RecipeError
 from onnxq.model import Model, values_of
 from onnxq.passes import PruneChannels, cleanup, inline_functions
 from onnxq.passes.removal import remove, structure, weight_from, weight_matrix
-from onnxq.passes.unit_choice import choose, norms
+from onnxq.passes.unit_choice import norms
 
 PAIR = {"w": [8, 6, 3, 3], "b": [8], "v": [4, 8, 3, 3], "c": [4]}
 FIRST, SECOND = "a = Conv<pads=[1,1,1,1]>(x, w, b)", "y4 = Conv<pads=[1,1,1,1]>(h, v, c)"
@@ -419,7 +419,7 @@ def test_removes_from_weights_in_constants_and_listed_inputs() -> None:
             proto.graph.input.append(info)
     model = Model.from_proto(proto)
     found = structure(model, "test")
-    remove(model, found, choose(found, norms(found), 0.5), "test")
+    remove(model, found, chosen(found, norms(found), 0.5), "test")
     result = model.to_proto()
     onnx.checker.check_model(result, full_check=True)
     assert sorted(list(t.dims) for t in result.graph.initializer) == [
