@@ -32,11 +32,12 @@ from onnxq.numerics.sparsity import Pattern
 from onnxq.options import require_range
 from onnxq.passes.masks import remember
 from onnxq.passes.observing import UNREAL, Observing
-from onnxq.passes.prunable import find_prunable
+from onnxq.passes.prunable import Prunable, find_prunable
 from onnxq.passes.pruning import Criterion, Plan, Scope, pruned_model
 
 NAME = "prune_weights"
 AMOUNT = 0.5
+TRIED = 1e10  # effort up to which each weight is pruned several times, to see what that costs
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,8 @@ class PruneWeights:
     Biases, tables, and kernels over at most 3 input channels (depthwise, or of images) stay.
 
     amount: the share that goes (0.5), of each weight (scope layer), of all together (global), or of
-    all together where that costs least at the model's outputs (sensitivity). threshold: in its
+    all together where that costs least at the model's outputs (sensitivity). Scope auto is that
+    with obs, where trying takes no minutes, else layer. threshold: in its
     place, what is smaller goes. nm: in its place, "2:4": 2 of each 4 inputs stay. criterion: auto
     is obs where there are real samples, else magnitude. With obs each layer is judged by the
     squared error of its results on the last quarter of the samples; where magnitude alone is
@@ -62,7 +64,7 @@ class PruneWeights:
     amount: float | None = None
     threshold: float | None = None
     nm: str = ""
-    scope: Scope = "layer"
+    scope: Literal["auto", "layer", "global", "sensitivity"] = "auto"
     criterion: Literal["auto", "magnitude", "wanda", "obs"] = "auto"
     damping: float = DAMPING
     memory_mb: int = 1024
@@ -82,7 +84,7 @@ class PruneWeights:
         given = [name for name, value in asked.items() if value is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} both say how many weights go: give one")
-        if self.scope != "layer" and given not in ([], ["amount"]):
+        if self.scope not in ("auto", "layer") and given not in ([], ["amount"]):
             raise ValueError(f"scope {self.scope!r} divides an amount: leave {given[0]} out")
         if self.threshold is not None and self.criterion == "wanda":
             raise ValueError("a threshold is for magnitudes: criterion is magnitude or obs")
@@ -123,7 +125,8 @@ class PruneWeights:
         model.separate_names()
         found, notes = find_prunable(model, self.layers, self.smallest, NAME)
         amount = AMOUNT if self.amount is None else self.amount
-        plan = Plan(NAME, criterion, amount, self.threshold, self.pattern, self.scope, self.damping)
+        scope = self._scope(found, criterion)
+        plan = Plan(NAME, criterion, amount, self.threshold, self.pattern, scope, self.damping)
         observing = None
         if is_real and self.samples is not None:
             observing = Observing(NAME, self.samples, 1, self.memory_mb, self.progress)
@@ -132,3 +135,10 @@ class PruneWeights:
             model.sweep()
             remember(model, notes)
         return notes
+
+    def _scope(self, found: Sequence[Prunable], criterion: Criterion) -> Scope:
+        if self.scope != "auto":
+            return self.scope
+        is_share = self.threshold is None and not self.nm
+        is_quick = sum(weight.effort for weight in found) <= TRIED
+        return "sensitivity" if is_share and criterion == "obs" and is_quick else "layer"

@@ -123,11 +123,27 @@ def pruned_model(
     if plan.scope == "global":
         zeros = work.divided(weights)
     elif plan.scope == "sensitivity":
+        if _has_enough(weights, plan.amount):
+            text = "together they have as many zeros already"
+            return [Note(plan.rule, model.graph.name, text, changed=False)]
         curves, told = work.curves(weights)
         zeros = _allocated(weights, curves, plan.amount)
         if told is not None:
             return [told, *work.prune(weights, zeros, curves)]
     return work.prune(weights, zeros, curves)
+
+
+def _has_enough(weights: Sequence[Prunable], amount: float) -> bool:
+    """Whether another run would only take more from what was spared."""
+    total = zeros = 0
+    for weight in weights:
+        try:
+            rows = weight.rows()
+        except Skip:
+            continue
+        total += rows.size
+        zeros += rows.size - int(np.count_nonzero(rows))
+    return bool(total) and zeros >= zeros_in(total, amount)
 
 
 @dataclass(frozen=True, slots=True)

@@ -107,12 +107,12 @@ class Pruning:
             return [Note(self.rule, self.model.graph.name, why, changed=False)]
         text = self._repaired(trials, found, gone, samples)
         share = 1 - work.left(removed) / work.left(np.zeros_like(removed))
-        notes = [] if trials is None else self._curve_notes(curves)
         changes = {} if trials is None else trials.fitted()
         nodes = self._nodes()
         later = {(n, i): v for (n, i), v in changes.items() if not _has_input(nodes[n], i)}
         self._write({key: v for key, v in changes.items() if key not in later})
-        notes += remove(self.model, self.found, ~gone, self.rule)
+        notes = list(remove(self.model, self.found, ~gone, self.rule))
+        notes = self._with_curves(notes, curves if trials is not None else {})
         outputs = {reading.name: reading.outputs for reading in found}
         kept = np.append(~gone, True)
         self._write({(n, i): v[kept[outputs[n]]] for (n, i), v in later.items()})
@@ -158,21 +158,20 @@ class Pruning:
         trials.reset()
         return f"{text} layers were fitted anew: undone"
 
-    def _curve_notes(self, curves: Mapping[int, Curve]) -> list[Note]:
-        """How sensitive the outputs are to each group."""
-        notes = []
+    def _with_curves(self, notes: Sequence[Note], curves: Mapping[int, Curve]) -> list[Note]:
+        """The outputs' dB by the share of units that go, at the layer that makes them."""
+        points: dict[str, tuple[tuple[float, float], ...]] = {}
         for group, curve in curves.items():
-            if self.aims.amount is None and curve:
-                size = len(self.found.groups[group])
-                made = self.found.producers(group)
-                points = tuple(
+            size, made = len(self.found.groups[group]), self.found.producers(group)
+            if made and curve:
+                points[made[0].node.name] = tuple(
                     (stop / size, float(-10 * np.log10(max(noise, 1e-20))))
                     for stop, noise in sorted(curve.items())
                 )
-                name = made[0].node.name if made else self.model.graph.name
-                text = f"outputs' dB by the share of its {size} units that goes"
-                notes.append(Note(self.rule, name, text, changed=False, curve=points))
-        return notes
+        found = [replace(n, curve=points.pop(n.node, n.curve)) for n in notes]
+        why = "its channels stay: others cost the outputs less"
+        rest = (Note(self.rule, n, why, changed=False, curve=c) for n, c in points.items())
+        return [*found, *rest]
 
     def _samples(self) -> Samples | None:
         if self.samples is None or not len(self.samples):

@@ -217,12 +217,16 @@ def test_curves_fall() -> None:
         amounts, levels = zip(*curve, strict=True)
         assert list(amounts) == sorted(amounts)
         assert list(levels) == sorted(levels, reverse=True)
+    _, notes = pruned(model, macs=0.01, samples=real(model))
+    stays = [note for note in notes if "others cost the outputs less" in note.text]
+    assert [bool(note.curve) for note in stays] == [True]
 
 
 def test_without_samples() -> None:
     model = block()
     made, notes = pruned(model, macs=0.3)
     assert work(made) <= 0.7 * work(model)
+    assert not any(note.curve for note in notes)
     assert "by the norm of weights" in notes[0].text
     assert [note.text for note in notes if not note.changed and note.text == NOTHING]
     fake = replace(real(model), synthetic=True)

@@ -108,13 +108,13 @@ def pruned(before: Model, **options: Any) -> tuple[Model, list[Note]]:
 def test_counts_are_exact(name: str, criterion: str) -> None:
     before = model(*CASES[name])
     samples = correlated(before, 12, axis=SUMMED.get(name))
-    after, notes = pruned(before, samples=samples, criterion=criterion, amount=0.3)
+    after, notes = pruned(before, samples=samples, criterion=criterion, amount=0.3, scope="layer")
     assert all(note.changed for note in notes)
     for key, values in weights(before).items():
         assert zeros(after)[key] == round(0.3 * values.size)
     assert after.to_proto().ByteSize() == before.to_proto().ByteSize()
     again = after.to_proto()
-    assert not any(note.changed for note in PruneWeights(samples, amount=0.3)(after))
+    assert not any(note.changed for note in PruneWeights(samples, amount=0.3, scope="layer")(after))
     assert after.to_proto() == again
 
 
@@ -224,7 +224,7 @@ def test_layers_that_matter_more_lose_less(criterion: str) -> None:
         levels = [level for _, level in note.curve]
         assert levels == sorted(levels, reverse=True)
     assert min(notes[1].curve)[1] > max(notes[0].curve)[1] + 20
-    even, _ = pruned(before, samples=samples, criterion=criterion)
+    even, _ = pruned(before, samples=samples, criterion=criterion, scope="layer")
     assert closeness(before, after, samples) > closeness(before, even, samples) + 1
 
 
@@ -407,3 +407,17 @@ def test_options_that_cannot_be(options: dict[str, Any], why: str) -> None:
 def test_it_is_a_pass() -> None:
     assert PASSES["prune_weights"] is PruneWeights
     assert PruneWeights(nm="2:4").pattern == Pattern(2, 4)
+
+
+def test_amounts_go_by_sensitivity_where_that_takes_no_minutes() -> None:
+    before = model(*CASES["chain"])
+    samples = correlated(before)
+    after, notes = pruned(before, samples=samples)
+    asked, told = pruned(before, samples=samples, scope="sensitivity")
+    assert [note.curve for note in notes] == [note.curve for note in told]
+    assert all(note.curve for note in notes)
+    assert zeros(after) == zeros(asked)
+    assert not any(note.changed for note in PruneWeights(samples)(after))
+    for options in ({"criterion": "magnitude"}, {"nm": "2:4"}, {"threshold": 0.01}):
+        _, plain = pruned(before, samples=samples, **options)
+        assert not any(note.curve for note in plain)
