@@ -118,8 +118,10 @@ METHODS: dict[str, tuple[Method, ...]] = {
     "slim": (
         Method("norm", options=channels(criterion="norm", compensation=False)),
         Method("activation", options=channels(criterion="activation", compensation=False)),
+        Method("reconstruction", options=channels(compensation=False)),
         Method("norm, compensated", options=channels(criterion="norm")),
-        Method("slim"),
+        Method("activation, compensated", options=channels(criterion="activation")),
+        Method("slim (reconstruction, compensated)"),
         Method("slim-int8", recipe="slim-int8"),
         Method("int8 alone", recipe="int8"),
     ),
