@@ -29,7 +29,7 @@ from onnxq.graphs import DEFAULT_DOMAIN
 from onnxq.model import Model, producer, values_of
 from onnxq.passes.encodings import Emitter
 from onnxq.tensors import readers, redirect
-from onnxq.weights import Weight, bytes_in, values_in
+from onnxq.weights import Weight, bytes_in, data_type_of, stored_size, values_in
 
 SINCE = 12  # Max of integers; CumSum is of 11
 WIDENED = {
@@ -114,12 +114,18 @@ def expanded(on: Emitter, bitmap: Bitmap, tables: Tables, *, keep: bool) -> gs.T
 
 
 class Spread(LazyValues):  # type: ignore[misc]
-    """The values of a constant that is stored as a bitmap; nbytes: of bits and values."""
+    """The values of a constant that is stored as a bitmap.
 
-    def __init__(self, bits: gs.Constant, values: gs.Constant, shape: tuple[int, ...]) -> None:
+    nbytes: of bits and values, or is_plain: of the dense values, as which it will be written.
+    """
+
+    def __init__(
+        self, bits: gs.Constant, values: gs.Constant, shape: tuple[int, ...], *, is_plain: bool
+    ) -> None:
         self.bits, self.numbers, self.shape = bits, values, shape
         self.dtype = np.dtype(values.dtype)
-        self.nbytes = bytes_in(bits) + bytes_in(values)
+        dense = stored_size(data_type_of(values.dtype), shape)
+        self.nbytes = dense if is_plain else bytes_in(bits) + bytes_in(values)
 
     def load(self) -> NDArray[Any]:
         """The dense values, read-only."""
@@ -144,7 +150,9 @@ def spread_constant(tensor: gs.Tensor) -> gs.Constant | None:
     known = node.__dict__.get("spread")
     if known is None or (known._values.bits, known._values.numbers) != parts:
         shape = tuple(int(d) for d in target)
-        known = node.__dict__["spread"] = Weight(parts[1].name, Spread(*parts, shape))
+        known = node.__dict__["spread"] = Weight(
+            parts[1].name, Spread(*parts, shape, is_plain=False)
+        )
     return known
 
 
@@ -196,6 +204,8 @@ def restored(model: Model, *, floats: bool = False) -> list[tuple[gs.Node, gs.Co
         if constant is None or model.is_output(node.outputs[0]):
             continue
         if not floats or np.dtype(constant.dtype).kind == "f":
+            held = constant._values
+            constant._values = Spread(held.bits, held.numbers, held.shape, is_plain=True)
             redirect(node.outputs[0], constant)
             found.append((node, constant))
     if found:

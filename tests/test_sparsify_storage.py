@@ -309,6 +309,20 @@ def test_inspect_compare_and_quantize(zeros: float, is_asked: bool, tmp_path: Pa
     assert kept.size_bytes[1] <= before  # a clean-up leaves it sparse
 
 
+@pytest.mark.parametrize("recipe", ["sparse", "slim"])
+def test_a_sparse_model_again(recipe: str, tmp_path: Path) -> None:
+    """What is looked at is dense, and as large as that; sparse again where the recipe stores so."""
+    model = Model.from_proto(matmul(0.6, shape=(300, 104)))
+    SparsifyStorage()(model)
+    model.save(tmp_path / "b.onnx")
+    dense = model.copy()
+    restored(dense, floats=True)
+    assert sum(dense.weight_sizes()) >= 4 * 300 * 104
+    made = optimize(tmp_path / "b.onnx", tmp_path / "c.onnx", recipe=recipe, allow_unchanged=True)
+    before, after = made.size_bytes
+    assert after < 1.02 * before if recipe == "sparse" else after > 4 * 300 * 104
+
+
 @pytest.mark.parametrize("zeros", [0.6, 0.995])
 def test_check_knows_who_reads_it(zeros: float, tmp_path: Path) -> None:
     model = Model.from_proto(matmul(zeros))
