@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from onnxq.errors import RecipeError, meant
+from onnxq.numerics.sparsity import Pattern
 from onnxq.recipes import NARROWING, PRUNING, Recipe
 
 CRITERIA = ("magnitude", "wanda", "obs")
@@ -101,10 +102,10 @@ def share(name: str, text: str) -> float:
 
 def gone(nm: str) -> float:
     """The share of weights that N:M takes out; raises RecipeError for what is no pattern."""
-    found = re.fullmatch(r"(\d+):(\d+)", nm)
-    if found is None or not 0 < int(found[1]) < int(found[2]):
-        raise RecipeError(f"--nm {nm}: N of each M weights stay, N below M, as in 2:4")
-    return 1 - int(found[1]) / int(found[2])
+    try:
+        return Pattern.parse(nm).amount
+    except ValueError as e:
+        raise RecipeError(f"--nm {nm}: N of each M weights stay, N below M, as in 2:4") from e
 
 
 def _with(recipe: Recipe, name: str, chosen: dict[str, Any], drop: set[str]) -> Recipe:

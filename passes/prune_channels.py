@@ -37,7 +37,9 @@ class PruneChannels:
     One of: amount, the same share of the units of every group; macs, a share of the
     multiply-accumulates; size, of the bytes of all weights; latency, of the time that onnxruntime
     takes, measured. All are shares that go, from 0 to below 1; none: macs 0.3. For the last three
-    each group loses what costs the model's outputs least for what it saves.
+    each group loses what costs the model's outputs least for what it saves; counts are steps, so
+    that more may go than was asked for. Times differ from run to run, and with them what latency
+    removes.
 
     criterion: which units go first: "norm", those of the smallest weights; "activation", those
     whose values vary least, times the weights that read them; "reconstruction", those for which
