@@ -60,12 +60,6 @@ class Prunable:
             raise Skip(NOT_FINITE)
         return rows
 
-    @property
-    def effort(self) -> float:
-        """About how long it takes to make up for zeros: multiply-accumulates of one step."""
-        _, held = self.uses[0]
-        return float(held.length) ** 2 * (held.length + prod(held.shape) / held.length)
-
     def put(self, model: Model, rows: NDArray[Any]) -> None:
         """A constant of these rows in its place, under its name."""
         old = self.tensor

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any, Literal
 
 from onnxq.core import Note
@@ -27,7 +28,7 @@ from onnxq.data import Samples
 from onnxq.errors import DataError
 from onnxq.layers import Layers
 from onnxq.model import Model
-from onnxq.numerics.pruning import DAMPING
+from onnxq.numerics.pruning import DAMPING, effort
 from onnxq.numerics.sparsity import Pattern
 from onnxq.options import require_range
 from onnxq.passes.masks import remember
@@ -140,5 +141,6 @@ class PruneWeights:
         if self.scope != "auto":
             return self.scope
         is_share = self.threshold is None and not self.nm
-        is_quick = sum(weight.effort for weight in found) <= TRIED
+        shapes = [weight.held for weight in found]
+        is_quick = sum(effort(prod(h.shape) // h.length, h.length) for h in shapes) <= TRIED
         return "sensitivity" if is_share and criterion == "obs" and is_quick else "layer"

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from onnxq.numerics import pruning
 from onnxq.numerics.pruning import pruned, saliency
 from onnxq.numerics.reconstruction import squared_error
 from onnxq.numerics.sparsity import (
@@ -145,6 +146,19 @@ def test_without_correlations_it_is_wanda() -> None:
     cost = saliency(w, np.diag(squares)[None], damping=0)
     whole = (np.square(w) * squares).sum()
     np.testing.assert_allclose(cost, np.square(w) * squares / whole, rtol=1e-3)
+
+
+@pytest.mark.parametrize("choice", [Count(576), Pattern(2, 4)])
+def test_large_weights_are_not_alternated(choice: Pattern, monkeypatch: pytest.MonkeyPatch) -> None:
+    w, gram = problem(blocks=4)
+    best, _ = pruned(w, gram, choice)
+    monkeypatch.setattr(pruning, "MOST", 0.0)
+    made, kept = pruned(w, gram, choice)
+    norms = np.sqrt(np.repeat(np.einsum("bii->bi", gram), len(w) // 4, axis=0))
+    wanda = choice.mask(np.asarray(np.abs(w) * norms, np.float32))
+    np.testing.assert_array_equal(kept, wanda)
+    plain, some, all_ = (squared_error(w - v, gram) for v in (w * kept, made, best))
+    assert all_ < some < plain / 2
 
 
 def test_values_that_meet_zeros_go_first() -> None:

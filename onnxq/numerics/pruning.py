@@ -32,6 +32,7 @@ DAMPING = 0.01  # of the mean of H's diagonal, added to it
 STEPS = 60  # alternations
 FIRST, GROWTH = 0.01, 1.12  # p, of a diagonal of ones
 SOLVING = 30  # steps of conjugate gradients, at most
+MOST = 1e11  # effort of alternating: some minutes
 EXACT = 1e-7  # of the first residual: what is left is no error
 
 
@@ -41,14 +42,25 @@ def pruned(
     """Rows [channels, values] with the zeros of a choice, and which of them stay.
 
     gram: sum of x x^T, [blocks, values, values]; rows are divided evenly among the blocks. Values
-    that meet nothing but zeros go first. Raises ValueError for a gram that does not fit.
+    that meet nothing but zeros go first. Above MOST of `effort` zeros are those that would cost
+    least alone (Wanda's, no alternation), and the others are set anew. Raises ValueError for a gram
+    that does not fit.
     """
     h = _damped(gram, damping, rows.shape)
     if isinstance(choice, Fixed):
         kept = choice.kept
+    elif effort(*rows.shape) > MOST:
+        squares = np.einsum("bii->bi", gram)
+        each = np.repeat(squares, len(rows) // len(squares), axis=0)
+        kept = choice.mask(np.asarray(np.square(rows) * each, np.float32))
     else:
         kept = _chosen(np.asarray(rows, np.float32), h, choice, _added(damping))
     return _least_squares(np.asarray(rows, np.float32), h, kept), kept
+
+
+def effort(channels: int, values: int) -> float:
+    """About how long the zeros of a weight take: multiply-accumulates of one alternation."""
+    return float(values) ** 2 * (values + channels)
 
 
 def saliency(rows: NDArray[Any], gram: NDArray[np.float64], damping: float = DAMPING) -> Values:
