@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from onnxq.errors import RecipeError, meant
+from onnxq.numerics.sparsity import LARGEST
 from onnxq.recipes import NARROWING, PRUNING, Recipe
 
 CRITERIA = ("magnitude", "wanda", "obs")
@@ -101,9 +102,11 @@ def share(name: str, text: str) -> float:
 
 def gone(nm: str) -> float:
     """The share of weights that N:M takes out; raises RecipeError for what is no pattern."""
-    found = re.fullmatch(r"(\d+):(\d+)", nm)
-    if found is None or not 0 < int(found[1]) < int(found[2]):
-        raise RecipeError(f"--nm {nm}: N of each M weights stay, N below M, as in 2:4")
+    found = re.fullmatch(r"(\d{1,4}):(\d{1,4})", nm)
+    if found is None or not 0 < int(found[1]) < int(found[2]) <= LARGEST:
+        raise RecipeError(
+            f"--nm {nm}: N of each M weights stay, N below M, M up to {LARGEST}, as in 2:4"
+        )
     return 1 - int(found[1]) / int(found[2])
 
 

@@ -74,7 +74,8 @@ def test_patterns_keep_the_greatest_of_each_group(
 @pytest.mark.parametrize(
     ("text", "why"),
     [("2", "is N:M"), ("two:4", "is N:M"), ("4:4", "at least one"), ("0:4", "at least one"),
-     ("5:4", "at least one"), ("2:4:8", "is N:M"), ("", "is N:M"), ("-1:4", "is N:M")],
+     ("5:4", "at least one"), ("2:4:8", "is N:M"), ("", "is N:M"), ("-1:4", "is N:M"),
+     ("1:257", "up to 256"), ("1:" + "9" * 5000, "up to 256")],
 )  # fmt: skip
 def test_patterns_that_are_none(text: str, why: str) -> None:
     with pytest.raises(ValueError, match=why):
