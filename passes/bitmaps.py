@@ -29,7 +29,7 @@ from onnxq.graphs import DEFAULT_DOMAIN
 from onnxq.model import Model, producer, values_of
 from onnxq.passes.encodings import Emitter
 from onnxq.tensors import readers, redirect
-from onnxq.weights import Weight, bytes_in, values_in
+from onnxq.weights import Weight, bytes_in, data_type_of, stored_size, values_in
 
 SINCE = 12  # Max of integers; CumSum is of 11
 WIDENED = {
@@ -114,12 +114,18 @@ def expanded(on: Emitter, bitmap: Bitmap, tables: Tables, *, keep: bool) -> gs.T
 
 
 class Spread(LazyValues):  # type: ignore[misc]
-    """The values of a constant that is stored as a bitmap; nbytes: of bits and values."""
+    """The values of a constant that is stored as a bitmap.
 
-    def __init__(self, bits: gs.Constant, values: gs.Constant, shape: tuple[int, ...]) -> None:
+    nbytes: of bits and values, or of the dense values where these are to be stored.
+    """
+
+    def __init__(
+        self, bits: gs.Constant, values: gs.Constant, shape: tuple[int, ...], *, dense: bool = False
+    ) -> None:
         self.bits, self.numbers, self.shape = bits, values, shape
         self.dtype = np.dtype(values.dtype)
-        self.nbytes = bytes_in(bits) + bytes_in(values)
+        whole = stored_size(data_type_of(self.dtype), shape)
+        self.nbytes = whole if dense else bytes_in(bits) + bytes_in(values)
 
     def load(self) -> NDArray[Any]:
         """The dense values, read-only."""
@@ -196,8 +202,11 @@ def restored(model: Model, *, floats: bool = False) -> list[tuple[gs.Node, gs.Co
         if constant is None or model.is_output(node.outputs[0]):
             continue
         if not floats or np.dtype(constant.dtype).kind == "f":
-            redirect(node.outputs[0], constant)
-            found.append((node, constant))
+            held = constant._values
+            values = Spread(held.bits, held.numbers, held.shape, dense=True)
+            made = Weight(constant.name, values)
+            redirect(node.outputs[0], made)
+            found.append((node, made))
     if found:
         model.sweep()
     return found

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from onnx import numpy_helper, parser
 
 from onnxq import runtime
 from onnxq.data import Samples, open_samples
-from onnxq.model import Model
+from onnxq.model import Model, values_of
 from onnxq.numerics.channel_pruning import Aim, Fitting
-from onnxq.passes import PruneWeights
+from onnxq.passes import PruneWeights, SparsifyStorage
+from onnxq.passes.bitmaps import restored
 
 ROWS, OUT = "float[20, 32] x", "float[20, 48] y"
 
@@ -76,3 +79,23 @@ def test_fits_to_values_that_tell_nothing_are_silent(factor: float) -> None:
         rows, bias = Fitting(rows, x, Aim((x @ rows.T).astype(np.float32))).solve(1e-3)
     assert np.isfinite(rows).all() or factor > 1
     assert np.isfinite(bias).all() or factor > 1
+
+
+@pytest.mark.parametrize("external", [False, True])
+def test_bitmaps_that_are_dense_again_are_stored_as_such(tmp_path: Path, *, external: bool) -> None:
+    before = made("y = MatMul(x, m)", m=(32, 480), outputs="float[20, 480] y")
+    PruneWeights()(before)
+    dense = np.asarray(values_of(before.nodes("MatMul")[0].inputs[1]))
+    SparsifyStorage(ratio=1.0)(before)
+    assert before.nodes("Gather")
+    path = tmp_path / "sparse.onnx"
+    onnx.save(before.to_proto(), path, save_as_external_data=external, size_threshold=0)
+    model = Model.load(path)
+    assert restored(model, floats=True)
+    model.save(tmp_path / "dense.onnx")
+    session = runtime.session(tmp_path / "dense.onnx")
+    assert session.run(None, {"x": np.eye(20, 32, dtype=np.float32)})[0].shape == (20, 480)
+    found = onnx.load(tmp_path / "dense.onnx")
+    np.testing.assert_array_equal(numpy_helper.to_array(found.graph.initializer[0]), dense)
+    again = SparsifyStorage(ratio=1.0)(model)
+    assert [note.changed for note in again] == [True]
