@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from onnxq.errors import RecipeError, meant
-from onnxq.numerics.sparsity import Pattern
+from onnxq.numerics.sparsity import LARGEST, Pattern
 from onnxq.recipes import NARROWING, PRUNING, Recipe
 
 CRITERIA = ("magnitude", "wanda", "obs")
@@ -105,7 +105,8 @@ def gone(nm: str) -> float:
     try:
         return Pattern.parse(nm).amount
     except ValueError as e:
-        raise RecipeError(f"--nm {nm}: N of each M weights stay, N below M, as in 2:4") from e
+        text = f"--nm {nm}: N of each M weights stay, N below M, M up to {LARGEST}, as in 2:4"
+        raise RecipeError(text) from e
 
 
 def _with(recipe: Recipe, name: str, chosen: dict[str, Any], drop: set[str]) -> Recipe:

@@ -137,7 +137,10 @@ def _patches(node: gs.Node, shape: tuple[int, ...]) -> Patches:
 
 
 def depths(model: Model, layers: Sequence[gs.Node]) -> dict[int, int]:
-    """How many of the layers come before each, on the longest way; by node id."""
+    """How many of the layers come before each, on the longest way; by node id.
+
+    Those in bodies: before what they read of the main graph.
+    """
     ids = {id(node) for node in layers}
     behind: dict[int, int] = {}
     found = {}
@@ -147,6 +150,9 @@ def depths(model: Model, layers: Sequence[gs.Node]) -> dict[int, int]:
             found[id(node)] = depth
             depth += 1
         behind.update((id(t), depth) for t in node.outputs)
+    for node in layers:
+        if id(node) not in found:
+            found[id(node)] = max((behind.get(id(t), 0) for t in node.inputs), default=0)
     return found
 
 

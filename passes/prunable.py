@@ -94,7 +94,7 @@ def find_prunable(
     for uses in sharing.values():
         node, held = uses[0]
         choice = next((dense[id(n)] for n, _ in uses if id(n) in dense), None)
-        why = choice.reason if choice is not None else _why_not(uses, smallest)
+        why = choice.reason if choice is not None else _why_not(model, uses, smallest)
         if why is None:
             found.append(Prunable(tuple(uses)))
         else:
@@ -102,9 +102,11 @@ def find_prunable(
     return found, notes
 
 
-def _why_not(uses: Sequence[tuple[gs.Node, Held]], smallest: int) -> str | None:
+def _why_not(model: Model, uses: Sequence[tuple[gs.Node, Held]], smallest: int) -> str | None:
     """Why a weight stays dense; None: it may be pruned."""
     node, held = uses[0]
+    if model.is_output(node.inputs[held.index]):
+        return "its weight is an output of the model, too"
     if any(n.op == "Gather" for n, _ in uses):
         return TABLE
     readers = node.inputs[held.index].outputs

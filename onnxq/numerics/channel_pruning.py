@@ -55,6 +55,7 @@ class Moments:
         if sum(len(part) for part in self.waiting) >= 2 * x.shape[1]:
             self._flush()
 
+    @np.errstate(over="ignore", invalid="ignore")  # callers ask is_finite
     def _flush(self) -> None:
         if self.waiting:
             whole = np.concatenate(self.waiting)
@@ -246,11 +247,12 @@ class Fitting:
         self.mean = moments.mean.astype(np.float32)
         self.covariance = moments.covariance
 
+    @np.errstate(over="ignore", invalid="ignore")  # the error of such rows is none that wins
     def solve(self, ridge: float, sweeps: int = SWEEPS) -> tuple[Values, Values]:
         """The rows [O, K] and the bias [O] (zeros where it has none)."""
         variance = np.diag(self.covariance)
         added = ridge * (variance + variance.mean()) / 2
-        floor = 1e-9 * max(float(variance.max(initial=0)), 1e-30)
+        floor = 1e-9 * max(float(variance.max(initial=0)), 1e-25)  # its inverse is a float32
         inverse = np.linalg.inv(self.covariance + np.diag(np.maximum(added, floor)))
         small = inverse.astype(np.float32)
         centred = self.x - self.mean

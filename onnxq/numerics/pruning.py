@@ -36,6 +36,7 @@ MOST = 1e11  # effort of alternating: some minutes
 EXACT = 1e-7  # of the first residual: what is left is no error
 
 
+@np.errstate(over="ignore", invalid="ignore")  # callers compare errors; that of NaN never wins
 def pruned(
     rows: NDArray[Any], gram: NDArray[np.float64], choice: Choice, *, damping: float = DAMPING
 ) -> tuple[Values, Mask]:

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+LARGEST = 256  # M of N:M: a mask takes as many steps a value
 PIECES = 64  # that a weight is divided into, for an allocation
 Mask = NDArray[np.bool_]
 
@@ -85,6 +86,8 @@ class Pattern:
         found = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", text)
         if found is None:
             raise ValueError(f"nm is N:M, such as 2:4 (2 of 4 weights stay), not {text!r}")
+        if max(map(len, found.groups())) > len(str(LARGEST)) or int(found[2]) > LARGEST:
+            raise ValueError(f"M of N:M is up to {LARGEST}, as in 2:4; a share is an amount")
         kept, of = map(int, found.groups())
         if not 0 < kept < of:
             raise ValueError(f"nm {text!r} has to keep at least one and fewer than all: try 2:4")

@@ -109,8 +109,8 @@ METHODS: dict[str, tuple[Method, ...]] = {
     "sparse": (
         Method("50 %, magnitude", options=weights(amount=0.5, criterion="magnitude")),
         Method("50 %, wanda", options=weights(amount=0.5, criterion="wanda")),
-        Method("50 %, obs", options=weights(amount=0.5, criterion="obs")),
-        Method("50 %, obs, by sensitivity", options=weights(amount=0.5, scope="sensitivity")),
+        Method("50 % of each, obs", options=weights(amount=0.5, scope="layer")),
+        Method("sparse (50 %, obs, by sensitivity)"),
         Method("2:4, magnitude", recipe="sparse-2-4", options=weights(criterion="magnitude")),
         Method("2:4, obs", recipe="sparse-2-4"),
         Method("sparse-int4", recipe="sparse-int4"),
