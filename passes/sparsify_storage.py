@@ -7,7 +7,7 @@ A bitmap takes one bit a weight, and the values that are not zero: at 50 % zeros
 weight in place of 32, 5 of an int8 one, 3 of a 4-bit one. Coordinates (coo) take 8 bytes for each
 value that is not zero: they are smaller where less than one in 64 is not. Integers have their zero
 point in place of zero: what is left out is the commonest value. A runtime that computes constants
-at load has the weights as they were (-0.0 becomes 0.0), kernels and all; see `onnxq.passes.bitmaps`.
+at load has the weights as they were (but for -0.0), kernels and all; see `onnxq.passes.bitmaps`.
 
 The index of an N:M pattern would take less than a bit a weight (2:4: 0.65), 2 % of a float weight
 in return for a further form: 2:4 is stored as any other half.
