@@ -12,7 +12,7 @@ from onnxq import runtime
 from onnxq.core import Note
 from onnxq.coverage import Coverage, coverage
 from onnxq.data import Feed, Samples
-from onnxq.demands import broken_rules, require_quantized, require_valid, simulated
+from onnxq.demands import broken_rules, require_pruned, require_quantized, require_valid, simulated
 from onnxq.emulation import Emulator, emulator
 from onnxq.errors import BudgetError, ModelError, RefusedError
 from onnxq.interfaces import coarse, has_integer_io, require_integers
@@ -71,10 +71,10 @@ class Attempt:
 
 
 def attempt(recipe: Recipe, model: Model, notes: Sequence[Note], setting: Setting) -> Attempt:
-    """Judge what a recipe has made of a model: valid, quantized, how far from the original.
+    """Judge what a recipe has made of a model: valid, quantized, pruned, how far from the original.
 
-    notes: of all passes that ran. Raises BudgetError if nothing was quantized, if the target cannot
-    compute what is left in floats, and if outputs are not finite.
+    notes: of all passes that ran. Raises BudgetError if nothing was quantized or pruned, if the
+    target cannot compute what is left in floats, and if outputs are not finite.
     """
     model.unquantized.clear()  # no pass comes any more: weights that are not needed
     warnings: list[str] = []
@@ -83,6 +83,8 @@ def attempt(recipe: Recipe, model: Model, notes: Sequence[Note], setting: Settin
             require_quantized(notes, model)
         warnings = broken_rules(model, setting.target, strict=not setting.allow_unchanged)
         warnings += simulated(model, setting.target)
+    if recipe.is_pruning and not setting.allow_unchanged:
+        require_pruned(notes, model)
     warnings += require_integers(notes)
     fidelity = None
     if len(setting.held):
@@ -93,11 +95,12 @@ def attempt(recipe: Recipe, model: Model, notes: Sequence[Note], setting: Settin
             warnings += coarse(model, fidelity) if has_integer_io(recipe) else []
             if model.opset >= 21 and runtime.needs_int8_allowed(model):
                 warnings.append(INT8_WARNING)
-    covered = _covered(model, setting.feed)
-    return Attempt(recipe, model, tuple(notes), covered, fidelity, tuple(warnings))
+    reached = covered(model, setting.feed)
+    return Attempt(recipe, model, tuple(notes), reached, fidelity, tuple(warnings))
 
 
-def _covered(model: Model, feed: Feed) -> Coverage:
+def covered(model: Model, feed: Feed) -> Coverage:
+    """What of a model computes in integers, and its work, on the shapes of a sample."""
     model.infer_shapes()
     return coverage(model, model.shapes_for({k: np.shape(v) for k, v in feed.items()}))
 

@@ -16,7 +16,7 @@ from onnxq.layers import WEIGHTS, has_weight, is_packed
 from onnxq.lint import conformance
 from onnxq.loading import ModelLike, load
 from onnxq.model import Model
-from onnxq.recipes import NARROWING
+from onnxq.recipes import NARROWING, PRUNING
 from onnxq.targets import Target
 from onnxq.validation import layer_fidelity
 
@@ -30,6 +30,7 @@ INTEGER = frozenset(
 STORED = tuple(op for op in WEIGHTS if op not in INTEGER)
 START_OVER = "start from the float model, or let --requantize recover floats from this one"
 NOTHING = "nothing was quantized"
+NOTHING_PRUNED = "nothing was pruned"
 INVALID = (onnx.checker.ValidationError, onnx.shape_inference.InferenceError)
 
 
@@ -40,6 +41,18 @@ def require_quantized(notes: Sequence[Note], model: Model) -> None:
     raise BudgetError(
         f"{NOTHING}: {why_not(notes, model)}; "
         "nothing was written (--allow-unchanged writes the cleaned model)"
+    )
+
+
+def require_pruned(notes: Sequence[Note], model: Model) -> None:
+    """Raise BudgetError, with the reasons, if nothing was pruned."""
+    if model.pruned or any(n.changed and n.rule.startswith(PRUNING) for n in notes):
+        return
+    reasons = Counter(n.text for n in notes if not n.changed and n.rule.startswith(PRUNING))
+    why = "; ".join(f"{text} ({count})" for text, count in reasons.most_common(3))
+    raise BudgetError(
+        f"{NOTHING_PRUNED}: {why or 'the model has no weight that is large enough'}; "
+        "nothing was written (--allow-unchanged writes the model as it is)"
     )
 
 

@@ -156,8 +156,8 @@ def _parse(text: str) -> Choice:
         )
     if asked not in formats():
         raise RecipeError(
-            f"--layer {text!r}: unknown format {asked!r}: one of {', '.join(_plain())}, or "
-            f"widths of activations and weights as in a16w8, a16, w4{meant(asked, formats())}"
+            f"--layer {text!r}: unknown format {asked!r}: one of {', '.join((*_plain(), DENSE))}, "
+            f"or widths of activations and weights as in a16w8, a16, w4{meant(asked, formats())}"
         )
     if asked in ("float", DENSE):
         return Choice(pattern, asked)

@@ -15,6 +15,7 @@ from onnxq.conformance import Finding
 from onnxq.graphs import op_type_of
 from onnxq.layers import UNPACKING, is_lookup
 from onnxq.model import Model, producer
+from onnxq.passes.bitmaps import spread_constant
 from onnxq.passes.ops import is_constant
 from onnxq.passes.packed_weights import stands_for
 from onnxq.schemes import FORMATS
@@ -55,6 +56,7 @@ def cannot_be_loaded(model: Model, target: Target) -> Iterator[Finding]:
         elif not domain and not onnx.defs.has(node.op):
             yield found(target, "domains", node, "ONNX has no such operator")
         yield from _unpacked(node, target)
+        yield from _sparse(node, target)
         yield from _halves(node, target)
 
 
@@ -87,6 +89,17 @@ def _unpacked(node: gs.Node, target: Target) -> Iterator[Finding]:
     elif allowed and stored in FORMATS and stored not in allowed:
         text = f"a weight is stored as {stored}, not as {', '.join(allowed)}"
         yield found(target, "stored_formats", node, text)
+
+
+def _sparse(node: gs.Node, target: Target) -> Iterator[Finding]:
+    """A node that makes a constant of one without its zeros."""
+    is_coo = node.op == "Constant" and "sparse_value" in node.attrs
+    if "coo" not in target.sparse_weights and is_coo:
+        yield found(target, "sparse_weights", node, "a constant is a sparse tensor")
+    is_spread = node.op == "Reshape" and spread_constant(node.outputs[0]) is not None
+    if "bitmap" not in target.sparse_weights and is_spread:
+        text = "a weight is spread from a bitmap: the target may do that at every run"
+        yield found(target, "sparse_weights", node, text)
 
 
 def _halves(node: gs.Node, target: Target) -> Iterator[Finding]:

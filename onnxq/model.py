@@ -33,10 +33,12 @@ from onnxq.graphs import (
     walk,
 )
 from onnxq.opsets import align_functions, carry, convert
+from onnxq.pruned import Pruned
 from onnxq.schemes import QParams
 from onnxq.scratch import Scratch
 from onnxq.serialization import Exporter, Importer
 from onnxq.shapes import Merge, fill, inferred, same_types, shapes_with, symbols, take_types, update
+from onnxq.sparse import parts
 from onnxq.sweeping import sweep
 from onnxq.tensors import index_of, producer, readers, redirect, values_of
 from onnxq.weights import (
@@ -82,6 +84,8 @@ class Model:
     unquantized: list[Model] = field(default_factory=list, repr=False)
     """What the model was before its activations were quantized, for passes that correct what that
     costs: one, or none. Nodes and tensors have the same names there; weights are shared."""
+    pruned: dict[str, Pruned] = field(default_factory=dict, repr=False)
+    """Where pruning has made zeros, by the name of the layer's node (see onnxq.passes.masks)."""
     _counts: dict[str, int] = field(default_factory=dict, repr=False)
     _walked: list[gs.Graph] = field(default_factory=list, repr=False)
     scratch: Scratch = field(default_factory=lambda: Scratch(is_used=False), repr=False)
@@ -232,7 +236,7 @@ class Model:
     def data_files(self) -> set[Path]:
         """The data files that weights are still read from."""
         constants = chain(*place(self.graph).values())
-        held = (c._values for c in constants)
+        held = (part for c in constants for part in parts(c._values))
         return {v.file.path for v in held if isinstance(v, Stored) and v.file is not None}
 
     def wants_data_file(self) -> bool:
@@ -255,6 +259,7 @@ class Model:
         )
         model.ranges.update(self.ranges)
         model.moments.update(self.moments)
+        model.pruned.update(self.pruned)
         model.unquantized.extend(self.unquantized)
         model._name_nodes()
         same_types(self.graph, graph)

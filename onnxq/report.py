@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from onnxq.choosing import NOISE, Candidate
 from onnxq.core import Note
 from onnxq.coverage import Coverage
+from onnxq.passes.masks import PrunedLayer
+from onnxq.pruning_rows import pruning_rows
 from onnxq.recipes import NARROWING, Recipe
 from onnxq.runtime import Latency
 from onnxq.validation import Fidelity, LayerError
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 SCHEMA = 1
+ASIDE = ("prune_weights", "prune_channels", "sparsify_storage", "factorize_weights")
+"""Passes whose declines do not say why a layer computes in floats."""
 SHOWN = 8  # entries of a long list that people see; machines get all
 
 
@@ -33,7 +37,8 @@ class Report:
     tried where it chose. notes: what each pass did and declined. coverage: of the result. fidelity,
     latency: None where validation was not asked for, latency also where the target runs elsewhere.
     seconds: of each stage. also_written: files beside the output. stored: what each weight of the
-    result is stored in.
+    result is stored in. pruned: layers that were pruned, and what is left of their zeros. macs:
+    multiply-accumulates before and after, where channels went or weights were factorized.
     """
 
     model: str
@@ -56,6 +61,8 @@ class Report:
     also_written: tuple[str, ...] = ()
     candidates: tuple[Candidate, ...] = ()
     stored: tuple[StoredWeight, ...] = ()
+    pruned: tuple[PrunedLayer, ...] = ()
+    macs: tuple[float, float] | None = None
 
     @property
     def is_slower(self) -> bool:
@@ -69,7 +76,7 @@ class Report:
     def float_layers(self) -> list[dict[str, Any]]:
         """Each layer that computes in floats: node, op, share of the work, reason."""
         reasons = {n.node: n.text for n in self.notes if n.rule.startswith(NARROWING)}
-        reasons |= {n.node: n.text for n in self.notes if not n.changed}
+        reasons |= {n.node: n.text for n in self.notes if not n.changed and n.rule not in ASIDE}
         found = {
             n: text.removeprefix(f"{op}: ")
             for n, op, _ in self.coverage.float_layers
@@ -119,6 +126,7 @@ class Report:
             ),
             ("samples", self.samples),
         ]
+        rows += pruning_rows(self.pruned, self.macs, self.notes)
         rows += [(n.node, n.text) for n in self.notes if n.changed and n.rule == "integer_io"]
         if self.latency is not None:
             a, b = self.latency.original_ms, self.latency.result_ms
@@ -155,10 +163,16 @@ class Report:
         listed = ", ".join(f"{rule} {count}" for rule, count in done.items())
         print_rows(console, [("passes", listed or "nothing was changed")])
 
+    @property
+    def _stays_float(self) -> bool:
+        """Whether the recipe prunes or factorizes, and means to stay in floats."""
+        plan = self.plan
+        return not plan.is_quantizing and (plan.is_pruning or plan.changes_work)
+
     def _print_floats(self, console: Console) -> None:
         layers = sorted(self.float_layers(), key=lambda layer: -layer["share"])
-        if not layers:
-            return
+        if not layers or self._stays_float:
+            return  # a recipe that stays in floats
         console.print(f"layers that compute in floats: {len(layers)}")
         for layer in layers[:SHOWN]:
             reason = layer["reason"] or "no pass takes it: it has few weights, or none"

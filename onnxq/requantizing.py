@@ -10,6 +10,7 @@ from onnxq.core import Note
 from onnxq.errors import BudgetError
 from onnxq.job import Job
 from onnxq.model import Model
+from onnxq.passes.bitmaps import restored
 from onnxq.passes.dequantize_model import DequantizeModel
 from onnxq.passes.packed_weights import stored_weights
 from onnxq.ports import restore_floats
@@ -43,10 +44,13 @@ def begin(
 ) -> Sequence[Note]:
     """Recover floats in place if that is asked for, or warn of what is quantized already.
 
-    ranges: keep those of activations.
+    ranges: keep those of activations. Floats that are stored without their zeros are recovered
+    anyway for a recipe that looks at weights: nothing is lost by it.
     """
     if requantize:
         return recover(model, job, ranges=ranges)
+    if any(one.is_quantizing or one.is_pruning for one in recipe.candidates):
+        restored(model, floats=True)
     if any(one.is_quantizing for one in recipe.candidates):
         job.warnings += left_alone(model)
     return ()

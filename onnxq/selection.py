@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from itertools import takewhile
@@ -13,7 +12,7 @@ from onnxq import runtime
 from onnxq.attempts import Attempt, Setting, attempt
 from onnxq.choosing import BUDGET, SLOWER, Candidate, Objective, choose, judged
 from onnxq.core import Note, Pass
-from onnxq.demands import NOTHING, missed
+from onnxq.demands import NOTHING, NOTHING_PRUNED, missed
 from onnxq.errors import BudgetError, ModelError, OnnxqError, RecipeError
 from onnxq.fingerprint import fingerprint
 from onnxq.leftovers import temporary_folder
@@ -21,6 +20,7 @@ from onnxq.loading import size_of
 from onnxq.model import Model
 from onnxq.recipes import Recipe, plan, wants
 from onnxq.runtime import Latency
+from onnxq.targets import is_here
 
 NEEDS_DATA, SAME = "needs --data", "the same as"
 SECONDS = 3.0  # for timing one result against the original
@@ -252,7 +252,7 @@ def _time(tries: Sequence[_Try], setting: Setting, seconds: float) -> None:
 
 def _timed(model: Model, setting: Setting, seconds: float) -> Latency | None:
     """Time against the original, where the target's machine is of this one's kind."""
-    if not len(setting.held) or platform.machine() not in setting.target.machines:
+    if not len(setting.held) or not is_here(setting.target):
         return None
     with setting.job.stage("time"):
         return runtime.latency(setting.original, model, setting.feed, seconds=seconds)
@@ -264,7 +264,7 @@ def _none_of(
     """Why none will do; of those that lose too much, the layers to blame in the best."""
     verdicts = [one.candidate.verdict for one in tries]
     reasons = [v for v in verdicts if v != NEEDS_DATA and not v.startswith(SAME)]
-    if reasons and all(reason.startswith(NOTHING) for reason in reasons):
+    if reasons and all(reason.startswith((NOTHING, NOTHING_PRUNED)) for reason in reasons):
         hint = "; with --data more can be tried" if NEEDS_DATA in verdicts else ""
         return BudgetError(reasons[0] + hint)
     told = "; ".join(f"{one.candidate.recipe}: {one.candidate.told()}" for one in tries)

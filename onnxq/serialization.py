@@ -31,10 +31,11 @@ from onnxq.graphs import (
     sort,
     type_of,
 )
+from onnxq.sparse import StoredSparse
 from onnxq.weights import (
     Fetch,
+    Placeholders,
     Put,
-    StoredSparse,
     Weight,
     data_type_of,
     inline,
@@ -54,7 +55,9 @@ class Importer:
         scope = outer.new_child()
         local = scope.maps[0]
         initializers = [Weight(t.name, self.fetch(t)) for t in proto.initializer]
-        initializers += [Weight(t.values.name, StoredSparse(t)) for t in proto.sparse_initializer]
+        initializers += [
+            Weight(t.values.name, StoredSparse(t, self.fetch)) for t in proto.sparse_initializer
+        ]
         local.update({t.name: t for t in initializers})
         # results are declared before any body is read: it may capture one that comes later
         results = (name for node in proto.node for name in node.output if name)
@@ -128,11 +131,16 @@ class Importer:
                 return self.graph(attribute.g, scope)
             case AttributeProto.GRAPHS:
                 return [self.graph(g, scope) for g in attribute.graphs]
+            case AttributeProto.SPARSE_TENSOR if attribute.name == SPARSE_VALUE:
+                held = StoredSparse(attribute.sparse_tensor, self.fetch, is_node=True)
+                return Weight(attribute.sparse_tensor.values.name, held)
         inner = (*attribute.tensors, attribute.sparse_tensor.values)
         if any(t.data_location == onnx.TensorProto.EXTERNAL for t in inner):
             raise ModelError(f"attribute {attribute.name!r}: its data file is not supported")
         return attribute
 
+
+SPARSE_VALUE = "sparse_value"  # of Constant
 
 _CARRIED = ("node", "initializer", "sparse_initializer", "input", "output", "value_info")
 
@@ -172,15 +180,10 @@ class Exporter:
         out.MergeFrom(without(origin.shell, "quantization_annotation"))
         if out.name != graph.name:
             out.name = graph.name
+        for constant in constants:
+            self._constant(constant, out)
         for node in graph.nodes:
             self._node(node, out.node.add())
-        for constant in constants:
-            if isinstance(constant._values, StoredSparse):
-                sparse = out.sparse_initializer.add()
-                sparse.CopyFrom(constant._values.tensor)
-                sparse.values.name = constant.name
-            else:
-                out.initializer.add().CopyFrom(self.put(constant))
         out.input.extend(_inputs(graph, constants))
         known = {info.name: info for info in origin.outputs}
         out.output.extend(interface(t, known.get(t.name)) for t in graph.outputs)
@@ -193,6 +196,17 @@ class Exporter:
             for note in origin.shell.quantization_annotation
             if note.tensor_name in local or note.tensor_name in origin.loose
         )
+
+    def _constant(self, constant: gs.Constant, out: onnx.GraphProto) -> None:
+        held = constant._values
+        if not isinstance(held, StoredSparse) or isinstance(self.put, Placeholders):
+            out.initializer.add().CopyFrom(self.put(constant))
+        elif held.is_node:
+            node = out.node.add(op_type="Constant", name=constant.name, output=[constant.name])
+            attribute = node.attribute.add(name=SPARSE_VALUE, type=AttributeProto.SPARSE_TENSOR)
+            attribute.sparse_tensor.CopyFrom(held.to_proto(held.name))
+        else:
+            out.sparse_initializer.add().CopyFrom(held.to_proto(constant.name))
 
     def _node(self, node: gs.Node, out: onnx.NodeProto) -> None:
         origin = node.__dict__.get("origin", onnx.NodeProto())
@@ -219,7 +233,10 @@ class Exporter:
             out.CopyFrom(value)
             out.name = name
             return
-        if isinstance(value, gs.Constant):
+        if isinstance(value, gs.Constant) and isinstance(value._values, StoredSparse):
+            out.type = AttributeProto.SPARSE_TENSOR
+            out.sparse_tensor.CopyFrom(value._values.to_proto(value.name))
+        elif isinstance(value, gs.Constant):
             out.type = AttributeProto.TENSOR
             out.t.CopyFrom(self.put(value))
         elif isinstance(value, np.ndarray):

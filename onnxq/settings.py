@@ -11,11 +11,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, get_type_hints
 
+from onnxq.amounts import Amounts
 from onnxq.errors import RecipeError
 from onnxq.layers import Layers
 from onnxq.options import fits, options_of, type_text
 from onnxq.plugins import find_pass
 from onnxq.recipes import Recipe, load_recipe, names
+
+PRUNING = ("prune", "prune_channels", "nm")
+"""Settings that bring their passes along."""
 
 # (pass, setting) -> the pass's option, where that has another name.
 ALIASES = {
@@ -39,7 +43,10 @@ class Settings:
     zero points in weights. range, activation_range: how ranges of weights, of activations are
     chosen. bias: int32 or float. encoding: how weights are written (auto, compute or storage).
     codebook, bits, dim: kind of codebooks, bits of an index, weights that share one.
-    interface: inputs and outputs of float32 in 16 bits, too (kept or half).
+    interface: inputs and outputs of float32 in 16 bits, too (kept or half). prune, prune_channels,
+    nm: how much is pruned, in any recipe (`onnxq.amounts`): share of the weights (0.5, "50%",
+    "0.5:wanda"), share of the multiply-accumulates (0.3, "30%"), N of each M weights that stay
+    ("2:4").
     """
 
     weights: str | None = None
@@ -55,6 +62,9 @@ class Settings:
     bits: int | None = None
     dim: int | None = None
     interface: str | None = None
+    prune: float | str | None = None
+    prune_channels: float | str | None = None
+    nm: str | None = None
 
     def __post_init__(self) -> None:
         hints = get_type_hints(Settings)
@@ -62,11 +72,17 @@ class Settings:
             if not fits(value, hints[name]):
                 expected = type_text(hints[name]).removesuffix(" | None")
                 raise RecipeError(f"setting {name} = {value!r} is not {expected}")
+        _ = self.amounts
 
     @property
     def given(self) -> dict[str, Any]:
         """Those that are set."""
         return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
+
+    @property
+    def amounts(self) -> Amounts:
+        """How much is pruned."""
+        return Amounts.of(self.prune, self.prune_channels, self.nm)
 
 
 def configured(recipe: Recipe, settings: Settings | None, layers: Sequence[str] = ()) -> Recipe:
@@ -77,6 +93,9 @@ def configured(recipe: Recipe, settings: Settings | None, layers: Sequence[str] 
     if not isinstance(settings, Settings | None):
         raise RecipeError(f"settings are a Settings(weights='int4', ...), not {settings!r}")
     given = {} if settings is None else settings.given
+    if settings is not None:
+        recipe = settings.amounts.applied(recipe)
+        given = {name: value for name, value in given.items() if name not in PRUNING}
     if isinstance(layers, str):
         layers = (layers,)
     Layers.parse(layers)

@@ -12,13 +12,16 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from onnxq.model import Model
-from onnxq.numerics.entropy import entropy_of
+from onnxq.numerics.entropy import entropy_of, excerpt, float_zeros
+from onnxq.passes.masks import zeros_of
 from onnxq.passes.packed_weights import Stands, shape_of, stored_weights
 from onnxq.weights import Stored, bytes_in, values_in
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+WHOLE_FLOATS = 1 << 25  # bytes of floats up to which all zeros are counted
+ZEROS = 0.005  # share of zeros from which on people are told: less is chance, or rounding
 SHOWN = 8  # tensors that people see, the largest; machines get all
 
 
@@ -30,7 +33,8 @@ class StoredWeight:
     many. scale_for: how many of them share a scale; None where there are none, or not at the weight
     (MatMulInteger, ConvInteger: they stand behind it). bits: a weight, with the scales, zero points
     and codebook at it. entropy: of the stored numbers, in bits a weight, see
-    `onnxq.numerics.entropy`; None where they are empty.
+    `onnxq.numerics.entropy`; None where they are empty. zeros: share of the weights that are
+    exactly zero (of more than 32 MiB of floats, estimated by a part); None: it cannot be read.
     """
 
     name: str
@@ -44,11 +48,12 @@ class StoredWeight:
     size_bytes: int
     bits: float
     entropy: float | None
+    zeros: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class FormatTotal:
-    """The weights of one format together; bits and entropy: means over all weights."""
+    """The weights of one format together; bits, entropy, zeros: means over all weights."""
 
     format: str
     tensors: int
@@ -56,6 +61,7 @@ class FormatTotal:
     size_bytes: int
     bits: float
     entropy: float
+    zeros: float = 0.0
 
 
 def weight_table(model: Model) -> tuple[StoredWeight, ...]:
@@ -76,7 +82,10 @@ def _total(name: str, rows: Sequence[StoredWeight]) -> FormatTotal:
     weights, size = sum(r.weights for r in rows), sum(r.size_bytes for r in rows)
     entropy = sum(r.weights * (r.entropy or 0.0) for r in rows)
     count = max(weights, 1)
-    return FormatTotal(name, len(rows), weights, size, 8 * size / count, entropy / count)
+    zeros = sum(r.weights * (r.zeros or 0.0) for r in rows)
+    return FormatTotal(
+        name, len(rows), weights, size, 8 * size / count, entropy / count, zeros / count
+    )
 
 
 def _rows(model: Model) -> Iterator[StoredWeight]:
@@ -101,7 +110,16 @@ def _rows(model: Model) -> Iterator[StoredWeight]:
             size_bytes=size,
             bits=8 * size / weights,
             entropy=each,
+            zeros=_zeros(stands, raw, bits),
         )
+
+
+def _zeros(stands: Stands, raw: NDArray[np.uint8], bits: int) -> float | None:
+    """The share of zeros; of many floats, in a part of them."""
+    if stands.form == "float" and raw.size > WHOLE_FLOATS and bits in (16, 32):
+        return float_zeros(excerpt(raw), bits)
+    mask = zeros_of(stands)
+    return None if mask is None else float(np.count_nonzero(mask) / max(1, mask.size))
 
 
 def _scales(stands: Stands) -> list[gs.Constant]:
@@ -152,13 +170,14 @@ def print_totals(console: Console, table: Sequence[StoredWeight]) -> None:
         return
     shown = Table(box=None, padding=(0, 2, 0, 0), title_justify="left")
     shown.add_column("weights stored in", no_wrap=True)
-    for name in ("tensors", "weights", "bits each", "entropy"):
+    found = totals(table)
+    has_zeros = any(total.zeros >= ZEROS for total in found)
+    for name in ("tensors", "weights", "bits each", "entropy", *["zeros"] * has_zeros):
         shown.add_column(name, justify="right")
-    for total in totals(table):
-        shown.add_row(
-            total.format, f"{total.tensors}", f"{total.weights:,}", f"{total.bits:.2f}",
-            f"{total.entropy:.2f}",
-        )  # fmt: skip
+    for total in found:
+        cells = [total.format, f"{total.tensors}", f"{total.weights:,}", f"{total.bits:.2f}"]
+        cells += [f"{total.entropy:.2f}", *[f"{total.zeros:.1%}"] * has_zeros]
+        shown.add_row(*cells)
     console.print(shown)
 
 
@@ -172,7 +191,8 @@ def print_largest(console: Console, table: Sequence[StoredWeight]) -> None:
     shown.add_column("largest", overflow="ellipsis", no_wrap=True, max_width=40)
     for name in ("read by", "shape", "format"):
         shown.add_column(name, no_wrap=True)
-    for name in ("a scale for", "bits each", "entropy"):
+    has_zeros = any((row.zeros or 0) >= ZEROS for row in table)
+    for name in ("a scale for", "bits each", "entropy", *["zeros"] * has_zeros):
         shown.add_column(name, justify="right")
     for row in sorted(table, key=lambda row: -row.size_bytes)[:SHOWN]:
         shown.add_row(
@@ -180,5 +200,6 @@ def print_largest(console: Console, table: Sequence[StoredWeight]) -> None:
             "" if row.scale_for is None else "all" if row.scale_for >= row.weights
             else f"{row.scale_for:,}",
             f"{row.bits:.2f}", "" if row.entropy is None else f"{row.entropy:.2f}",
+            *["" if row.zeros is None else f"{row.zeros:.1%}"] * has_zeros,
         )  # fmt: skip
     console.print(shown)

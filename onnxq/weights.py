@@ -164,36 +164,6 @@ def _strings(tensor: onnx.TensorProto) -> NDArray[Any]:
     return out.reshape(tuple(tensor.dims))
 
 
-class StoredSparse(LazyValues):  # type: ignore[misc]
-    """A sparse initializer; `load` gives it dense."""
-
-    def __init__(self, tensor: onnx.SparseTensorProto) -> None:
-        if onnx.TensorProto.EXTERNAL in (
-            tensor.values.data_location,
-            tensor.indices.data_location,
-        ):
-            raise ModelError(f"sparse tensor {tensor.values.name!r}: data files are not supported")
-        self.tensor = tensor
-        self.shape = tuple(tensor.dims)
-        self.dtype = dtype_of(tensor.values.data_type)
-        self.nbytes = tensor.ByteSize()
-
-    def load(self) -> NDArray[Any]:
-        """The dense values; raises ModelError when indices and values do not fit the shape."""
-        out = np.zeros(self.shape, self.dtype)
-        try:
-            indices, values = to_array(self.tensor.indices), to_array(self.tensor.values)
-            if indices.ndim == 1:
-                out.reshape(-1)[indices] = values
-            else:
-                out[tuple(indices.T)] = values
-        except (ValueError, IndexError, TypeError) as e:
-            name = self.tensor.values.name
-            raise ModelError(f"sparse tensor {name!r}: {UNFIT}") from e
-        out.flags.writeable = False
-        return out
-
-
 class Weight(gs.Constant):  # type: ignore[misc]
     """A gs.Constant that reads stored values every time instead of keeping a copy of them."""
 
@@ -319,7 +289,7 @@ class Placeholders:
         """The constant, with a mark in the place of large values."""
         values = constant._values
         is_plain = isinstance(values, np.ndarray | Stored)
-        if isinstance(values, StoredSparse) or (is_plain and bytes_in(constant) < SMALL):
+        if is_plain and bytes_in(constant) < SMALL:
             return inline(constant)
         if isinstance(values, np.ndarray):  # shared from now on: nobody may write into it
             values = constant._values = values.view()
@@ -348,7 +318,7 @@ class DataWriter:
         """The constant, with the place of its values in the data file."""
         held, size = constant._values, bytes_in(constant)
         text = data_type_of(held.dtype) == onnx.TensorProto.STRING
-        if size < SMALL or text or isinstance(held, StoredSparse):
+        if size < SMALL or text:
             return inline(constant)
         self.file.write(bytes(-self.file.tell() % ALIGNMENT))
         offset = self.file.tell()

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from onnxq import runtime
-from onnxq.attempts import Setting
+from onnxq.attempts import Attempt, Setting, covered
 from onnxq.choosing import Objective
 from onnxq.data import ImageOptions, Samples, Spec
 from onnxq.interfaces import (
@@ -23,7 +23,9 @@ from onnxq.leftovers import temporary_folder
 from onnxq.loading import ModelLike, PathLike, load, name_of, size_of
 from onnxq.model import Model
 from onnxq.ortformat import check_name, write_ort
+from onnxq.passes import cleanup
 from onnxq.passes.integer_io import Type
+from onnxq.passes.masks import survived
 from onnxq.plausibility import doubts
 from onnxq.preconditions import (
     blames_the_model,
@@ -32,6 +34,7 @@ from onnxq.preconditions import (
     require_memory,
     require_outputs,
 )
+from onnxq.pruning_rows import lost_zeros
 from onnxq.recipes import Recipe, load_recipe, plans, wants
 from onnxq.report import Report
 from onnxq.requantizing import begin, blames_noise
@@ -49,6 +52,10 @@ KEPT_RANGES = (
 SYNTHETIC_RANGES = (
     "no --data: ranges come from synthetic samples, expect a loss of accuracy; "
     "give real ones before you deploy"
+)
+PRUNED_BLINDLY = (
+    "no --data: what is pruned is chosen by weights alone, and nothing makes up for it; expect a "
+    "loss of accuracy, which synthetic samples do not show"
 )
 
 
@@ -119,6 +126,8 @@ def optimize(
             job.warnings += doubts(edited, samples)
             if fits and data is None:
                 job.warnings.append(KEPT_RANGES if edited.ranges else SYNTHETIC_RANGES)
+            if data is None and any(one.is_pruning for one in chosen.candidates):
+                job.warnings.append(PRUNED_BLINDLY)
             fitting, held = split(samples)
             compared = NO_SAMPLES if validate is False else held
         with _statistics_file(calibration) as statistics:
@@ -129,9 +138,10 @@ def optimize(
                 chosen, edited, setting, objective=objective, min_sqnr=min_sqnr, has_data=has_ranges
             )
     done = found.attempt
+    pruned = survived(done.model)
     with job.stage("write"):
         size, also = _written(done.model, written, aim, beside, samples)
-    used = f"{len(fitting)} for calibration: " if wants(done.recipe, "samples") else ""
+    used = f"{len(fitting)} for calibration: " if _is_fitted(done.recipe, data) else ""
     return Report(
         model=name_of(model),
         output=None if written is None else os.fspath(written),
@@ -147,13 +157,31 @@ def optimize(
         coverage=done.coverage,
         fidelity=done.fidelity,
         latency=found.latency,
-        warnings=(*job.warnings, *done.warnings, *job.unmatched),
+        warnings=(*job.warnings, *done.warnings, *lost_zeros(pruned), *job.unmatched),
         seconds=job.seconds,
         environment=runtime.environment(),
         also_written=tuple(map(str, also)),
         candidates=found.candidates,
         stored=weight_table(done.model),
+        pruned=pruned,
+        macs=_work(original, done, samples) if done.recipe.changes_work else None,
     )
+
+
+def _is_fitted(recipe: Recipe, data: object | None) -> bool:
+    """Whether passes looked at samples; those that prune do where there are real ones."""
+    return wants(recipe, "samples") or (data is not None and recipe.is_pruning)
+
+
+def _work(original: ModelLike, done: Attempt, samples: Samples) -> tuple[float, float]:
+    """Multiply-accumulates of the original, on the first sample's shapes, and of the result.
+
+    The original is cleaned up for it: only then are all shapes known.
+    """
+    before = load(original).copy()
+    before.inline_functions()
+    cleanup(before)
+    return covered(before, next(iter(samples), {})).macs, done.coverage.macs
 
 
 def _opened(model: ModelLike) -> tuple[ModelLike, Model]:

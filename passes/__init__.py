@@ -16,6 +16,7 @@ from onnxq.passes.drop_noops import drop_noops
 from onnxq.passes.drop_traces import drop_traces
 from onnxq.passes.drop_zero_states import drop_zero_states
 from onnxq.passes.equalize_layers import EqualizeLayers
+from onnxq.passes.factorize_weights import FactorizeWeights
 from onnxq.passes.fill_blocks import FillBlocks
 from onnxq.passes.fold_add import fold_add
 from onnxq.passes.fold_batchnorm import fold_batchnorm
@@ -33,6 +34,8 @@ from onnxq.passes.merge_reshapes import merge_reshapes
 from onnxq.passes.merge_slices import merge_slices
 from onnxq.passes.name_sizes import name_sizes
 from onnxq.passes.pool_first import pool_first
+from onnxq.passes.prune_channels import PruneChannels
+from onnxq.passes.prune_weights import PruneWeights
 from onnxq.passes.quantize_codebook import QuantizeCodebook
 from onnxq.passes.quantize_dynamic import QuantizeDynamic
 from onnxq.passes.quantize_static import QuantizeStatic
@@ -48,6 +51,7 @@ from onnxq.passes.share_initializers import share_initializers
 from onnxq.passes.share_nodes import share_nodes
 from onnxq.passes.simplify_qdq import SimplifyQdq, simplify_qdq
 from onnxq.passes.smooth_activations import SmoothActivations
+from onnxq.passes.sparsify_storage import SparsifyStorage
 from onnxq.passes.split_units import split_units
 from onnxq.passes.widen_channels import WidenChannels
 
@@ -79,6 +83,7 @@ PASSES: dict[str, Pass | type[Any]] = {
     "drop_traces": drop_traces,
     "drop_zero_states": drop_zero_states,
     "equalize_layers": EqualizeLayers,
+    "factorize_weights": FactorizeWeights,
     "fill_blocks": FillBlocks,
     "fold_add": fold_add,
     "fold_batchnorm": fold_batchnorm,
@@ -96,6 +101,8 @@ PASSES: dict[str, Pass | type[Any]] = {
     "merge_slices": merge_slices,
     "name_sizes": name_sizes,
     "pool_first": pool_first,
+    "prune_channels": PruneChannels,
+    "prune_weights": PruneWeights,
     "quantize_codebook": QuantizeCodebook,
     "quantize_dynamic": QuantizeDynamic,
     "quantize_static": QuantizeStatic,
@@ -111,6 +118,7 @@ PASSES: dict[str, Pass | type[Any]] = {
     "share_nodes": share_nodes,
     "simplify_qdq": SimplifyQdq,
     "smooth_activations": SmoothActivations,
+    "sparsify_storage": SparsifyStorage,
     "split_units": split_units,
     "widen_channels": WidenChannels,
 }
@@ -121,8 +129,11 @@ __all__ = [
     "CorrectBias",
     "DequantizeModel",
     "EqualizeLayers",
+    "FactorizeWeights",
     "FillBlocks",
     "IntegerIo",
+    "PruneChannels",
+    "PruneWeights",
     "QuantizeCodebook",
     "QuantizeDynamic",
     "QuantizeStatic",
@@ -135,6 +146,7 @@ __all__ = [
     "ScaleSalient",
     "SimplifyQdq",
     "SmoothActivations",
+    "SparsifyStorage",
     "WidenChannels",
     "absorb_bias",
     "cancel_transposes",

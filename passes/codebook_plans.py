@@ -10,10 +10,12 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal
 
+import numpy as np
+
 from onnxq.codebooks import CodebookScheme, Kind
 from onnxq.core import Note, Skip
 from onnxq.layers import Layers
-from onnxq.model import Model
+from onnxq.model import Model, values_of
 from onnxq.options import require_range
 from onnxq.passes.codebook_encoding import SINCE, IndexStorage
 from onnxq.passes.encodings import CAST_SINCE, evened, opset_for
@@ -41,6 +43,7 @@ from onnxq.targets import Target
 
 LINEAR = "int8"  # where a codebook is not worth it, or not safe
 BITS, VECTOR_BITS, VECTOR_DIM = 4, 8, 4  # where not given
+PRUNED = 0.1  # share of zeros from which a weight counts as pruned
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +137,9 @@ class CodebookPlan:
         asked = weight.choice.weights if weight.choice is not None else None
         if asked is not None:
             return self._linear(model, weight, asked, storage)
+        if scheme.dim > 1 and _is_pruned(weight):
+            remark = " (an index of several values does not keep the zeros of a pruned weight)"
+            return self._linear(model, weight, LINEAR, storage, remark)
         is_state = weight.node.op in RECURRENT and weight.held.index == 2
         if is_state and self.state == LINEAR:
             return self._linear(model, weight, LINEAR, storage, " (it multiplies the state)")
@@ -215,3 +221,8 @@ def _bits(held: Held, scheme: CodebookScheme, storage: IndexStorage) -> float:
     needed = -(-values // scheme.dim)
     bits = scheme.bits_per_weight((prod(held.shape) // values, values))
     return bits + (indices * storage.each - needed * scheme.bits) / values
+
+
+def _is_pruned(weight: Found) -> bool:
+    values = np.asarray(values_of(weight.tensor))
+    return bool(np.count_nonzero(values) < (1 - PRUNED) * values.size)

@@ -22,6 +22,7 @@ import onnx_graphsurgeon as gs
 from onnxq.core import Note, Skip
 from onnxq.graphs import sort
 from onnxq.model import Model, readers
+from onnxq.passes.bitmaps import restored
 from onnxq.passes.packed_weights import Stands, shape_of, stands_for, weights_of
 from onnxq.passes.recover_dynamic import recover_dynamic
 from onnxq.passes.recover_qoperators import recover_qoperator
@@ -50,6 +51,7 @@ class DequantizeModel:
             sort(graph)
         model.separate_names()  # ranges are kept by name
         recovery, notes = Recovery(model), []
+        spread = [Note(NAME, n.name, f"{c.name}: from a bitmap") for n, c in restored(model)]
         constants = _constants(recovery, model)
         for node in model.nodes():
             if not node.outputs:  # it went with another
@@ -62,7 +64,7 @@ class DequantizeModel:
             if text is not None:
                 notes.append(Note(NAME, node.name, text))
         recovery.finish()
-        notes = [*constants, *notes]
+        notes = [*spread, *constants, *notes]
         if any(note.changed for note in notes):
             model.sweep()
         if self.ranges:

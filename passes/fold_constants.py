@@ -20,7 +20,7 @@ from onnx import numpy_helper
 from onnxq import runtime
 from onnxq.core import Note
 from onnxq.model import Model, readers, values_of
-from onnxq.weights import dtype_of
+from onnxq.weights import Values, Weight, dtype_of
 
 NAME = "fold_constants"
 RANDOM = (
@@ -73,7 +73,8 @@ def _unwrap(model: Model, node: gs.Node) -> Note | None:
     values = values_of(node.outputs[0])
     if values is None or model.is_output(node.outputs[0]):
         return None
-    _settle(node.outputs[0], values)
+    held = getattr(node.attrs.get("sparse_value"), "_values", values)  # sparse: it stays so
+    _settle(node.outputs[0], held)
     return Note(NAME, node.name, "a constant, now an initializer")
 
 
@@ -89,9 +90,9 @@ def _static(model: Model, node: gs.Node) -> Note | None:
     return Note(NAME, node.name, f"{node.op} of a tensor whose shape is known")
 
 
-def _settle(tensor: gs.Tensor, values: np.ndarray) -> None:
+def _settle(tensor: gs.Tensor, values: Values) -> None:
     """Let all that reads the tensor read a constant of the same name."""
-    constant = gs.Constant(tensor.name, values)
+    constant = Weight(tensor.name, values)
     for reader, i in list(readers(tensor)):
         reader.inputs[i] = constant
     tensor.inputs.clear()

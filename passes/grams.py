@@ -111,9 +111,12 @@ def _lay(node: gs.Node, held: Held) -> Lay:
     assert held.meets is not None
     if node.op in ("Conv", "ConvTranspose"):
         return _patches(node, held.shape)
-    if node.op == "MatMul" and len(held.shape) != 2:
-        raise Skip(f"a stack of {held.shape[0]} matrices")
     axis = held.meets[1]
+    if node.op == "MatMul" and len(held.shape) != 2:
+        shape = tuple(held.meets[0].shape or ())
+        if len(held.shape) > 3 or len(shape) < 3 or shape[-3] != held.shape[0]:
+            raise Skip(f"a stack of {held.shape[0]} matrices, not each with inputs of its own")
+        return Vectors(axis, blocks=len(shape) - 3)
     if node.op in RECURRENT and held.index == 2:
         return Vectors(axis, blocks=2 if node.attrs.get("layout", 0) else 1)
     return Vectors(axis)
@@ -134,7 +137,10 @@ def _patches(node: gs.Node, shape: tuple[int, ...]) -> Patches:
 
 
 def depths(model: Model, layers: Sequence[gs.Node]) -> dict[int, int]:
-    """How many of the layers come before each, on the longest way; by node id."""
+    """How many of the layers come before each, on the longest way; by node id.
+
+    Those in bodies: before what they read of the main graph.
+    """
     ids = {id(node) for node in layers}
     behind: dict[int, int] = {}
     found = {}
@@ -144,6 +150,9 @@ def depths(model: Model, layers: Sequence[gs.Node]) -> dict[int, int]:
             found[id(node)] = depth
             depth += 1
         behind.update((id(t), depth) for t in node.outputs)
+    for node in layers:
+        if id(node) not in found:
+            found[id(node)] = max((behind.get(id(t), 0) for t in node.inputs), default=0)
     return found
 
 

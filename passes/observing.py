@@ -5,9 +5,9 @@ For passes that choose integers: what a weight is, and how it is solved, is thei
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import onnx_graphsurgeon as gs
 
@@ -20,15 +20,20 @@ from onnxq.passes.grams import Layer, Seen, depths, in_rounds, observed_products
 from onnxq.passes.layouts import Held
 
 UNREAL = "synthetic samples do not tell what weights are multiplied with: give --data"
+S = TypeVar("S", bound="Seeing")
 
 
-class Task(Protocol):
-    """A weight that is to be solved."""
+class Seeing(Protocol):
+    """Something that is to be known of a weight."""
 
     @property
     def layers(self) -> tuple[Layer, ...]:
         """All that are multiplied with it; at least one."""
         ...
+
+
+class Task(Seeing, Protocol):
+    """A weight that is to be solved."""
 
     def solve(self, seen: Seen, /) -> Note:
         """Edit the model, given products of the layers together; raises Skip, or says what is."""
@@ -67,21 +72,35 @@ class Observing:
 
     def solve(self, model: Model, tasks: Sequence[Task]) -> list[Note]:
         """Solve all; a note for each, or why not."""
+        notes = []
+        for task, seen in self.each(model, tasks):
+            try:
+                if isinstance(seen, Skip):
+                    raise seen
+                notes.append(task.solve(seen))
+            except Skip as reason:
+                notes.append(self.declined(task.layers[0].node, reason))
+        return notes
+
+    def each(self, model: Model, tasks: Sequence[S]) -> Iterator[tuple[S, Seen | Skip]]:
+        """What the layers of each are multiplied with, or why that is not known, by depth.
+
+        The model may be edited in between: those of later rounds see it.
+        """
         depth = depths(model, [layer.node for task in tasks for layer in task.layers])
         items = [
             (max(depth[id(layer.node)] for layer in task.layers), _bytes(task.layers), task)
             for task in tasks
         ]
-        notes = []
         for batch in in_rounds(items, self.rounds, self.memory_mb << 20):
             layers = [layer for task in batch for layer in task.layers]
             seen = observed_products(model, layers, self.samples, self.progress)
             for task in batch:
                 try:
-                    notes.append(task.solve(Seen.of(task.layers, seen)))
+                    found: Seen | Skip = Seen.of(task.layers, seen)
                 except Skip as reason:
-                    notes.append(self.declined(task.layers[0].node, reason))
-        return notes
+                    found = reason
+                yield task, found
 
     def declined(self, node: gs.Node, why: Skip) -> Note:
         """A note that says why."""

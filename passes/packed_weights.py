@@ -26,6 +26,7 @@ from onnxq.layers import is_lookup
 from onnxq.model import Model, producer, readers, values_of
 from onnxq.numerics.affine import quantize
 from onnxq.packed import Grid
+from onnxq.passes.bitmaps import spread_constant
 from onnxq.passes.integer_weights import INTEGER_WEIGHTS, Beside
 from onnxq.passes.layouts import WEIGHTS, held_by
 from onnxq.schemes import FORMATS
@@ -102,12 +103,12 @@ def _direct(node: gs.Node, beside: Beside) -> Stands | None:
 
 
 def _constant(tensor: gs.Tensor) -> gs.Constant | None:
-    """The constant, also one that a Constant node makes."""
+    """The constant, also one that a Constant node makes, or that is stored as a bitmap."""
     if isinstance(tensor, gs.Constant):
         return tensor
     node = producer(tensor)
     if node is None or node.op != "Constant" or node.domain:
-        return None
+        return None if node is None else spread_constant(tensor)
     return next((v for v in node.attrs.values() if isinstance(v, gs.Constant)), None)
 
 

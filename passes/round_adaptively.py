@@ -213,7 +213,8 @@ class _Task:
         if grid.zero is None:  # symmetric: without the least one, unless that is used
             least = np.maximum(least, min(-np.float32(format.qmax), steps.min()))
         shape = grid.numbers.shape
-        ends = (np.broadcast_to(e, shape) for e in (least, np.float32(format.qmax) - zero))
+        kept = self.weight != 0  # a pruned weight stays zero
+        ends = (np.broadcast_to(e, shape) * kept for e in (least, np.float32(format.qmax) - zero))
         return Rounding(steps, self._blocks(grid.scale), *(self._blocks(e) for e in ends))
 
     def _meeting(self, weight: Values, met: tuple[Values, Values]) -> Meeting:

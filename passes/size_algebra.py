@@ -42,6 +42,12 @@ def _joined(number: int, symbols: Counter[str]) -> Size:
     return "*".join([*([f"#{number}"] if number != 1 else []), *sorted(symbols.elements())])
 
 
+def parted(size: Size) -> tuple[int, str]:
+    """A size as a number times a symbol; the empty one for 1."""
+    number, symbols = _factors([size])
+    return number, "*".join(sorted(symbols.elements()))
+
+
 def symbol(name: str) -> Size:
     """The symbol for a free axis that the model has a name for."""
     return "=" + name.replace("*", ".")

@@ -20,13 +20,15 @@ SHARED = {
     "sizes", "size_algebra", "shape_rules", "streamed", "value_rules", "activations",
     "formats", "insertion", "float_layers", "encodings", "layouts", "weight_kernels",
     "integer_weights", "packed_weights", "recovery", "recover_dynamic", "recover_qoperators",
-    "weight_storage", "weight_plans", "codebook_encoding", "coding", "importance",
+    "weight_storage", "weight_plans", "codebook_encoding", "bitmaps", "coding", "importance",
     "dynamic_costs", "dynamic_layers", "grams", "meetings", "observing", "solving",
     "static_rounding", "codebook_plans",
     "moves", "pairs", "switches", "range_simulation", "range_search", "range_mixing",
     "halves", "half_storage", "half_forms", "half_rules", "half_ranges", "half_regions",
     "half_masks", "rescaling", "sites", "channels", "channel_moves", "moments", "data_free",
-    "biases", "empirical_bias", "paired",
+    "biases", "empirical_bias", "paired", "masks", "prunable", "prune_curves", "pruning", "removal",
+    "removal_edits", "unit_choice", "unit_labels", "unit_layers", "unit_moves", "unit_rules",
+    "unit_budget", "unit_curves", "unit_plans", "unit_readers", "unit_repair", "unit_trials",
 }  # fmt: skip
 
 

@@ -193,7 +193,7 @@ IF = (
 )
 DECLINES = [
     pytest.param(IF, ROWS, OUT, "body", id="body"),
-    pytest.param("y = MatMul(x, stack)", "float[2, 20, 32] x", "float[p, q, r] y", "a stack of 2",
+    pytest.param("y = MatMul(x, stack)", "float[1, 20, 32] x", "float[p, q, r] y", "a stack of 2",
                  id="stack"),
     pytest.param("z = Sub(x, x) y = MatMul(z, m)", ROWS, OUT, "inputs are zeros", id="zeros"),
     pytest.param("h = MatMul(x, m) k = Transpose(h) g = MatMul(m, k) y = MatMul(x, g)", ROWS,

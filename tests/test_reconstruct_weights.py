@@ -244,7 +244,7 @@ IF = (
 DECLINES = [
     pytest.param("y = Gather(table, x)", "int64[1, 7] x", "a table", id="table"),
     pytest.param(IF.replace("m2", "m"), ROWS, "other readers|body", id="body"),
-    pytest.param("y = MatMul(x, stack)", "float[2, 20, 32] x", "a stack of 2", id="stack"),
+    pytest.param("y = MatMul(x, stack)", "float[1, 20, 32] x", "a stack of 2", id="stack"),
     pytest.param(
         "h = MatMul(x, m) g = MatMul(m, mt) k = MatMul(x, g) y = Concat<axis = 1>(h, k)", ROWS,
         "other readers|not a float activation", id="constants",

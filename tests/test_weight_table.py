@@ -14,7 +14,15 @@ from test_packed_weights import CASES
 from onnxq import inspect, optimize
 from onnxq.cli import main
 from onnxq.model import Model
-from onnxq.numerics.entropy import WHOLE, entropy_bits, entropy_of, histogram
+from onnxq.numerics.entropy import (
+    WHOLE,
+    entropy_bits,
+    entropy_of,
+    excerpt,
+    float_zeros,
+    histogram,
+)
+from onnxq.passes.packed_weights import stored_weights
 from onnxq.report import rendered
 from onnxq.weight_table import totals, weight_table
 
@@ -63,6 +71,27 @@ def test_entropy_of_numbers_of_each_width(bits: int) -> None:
         raw = few.astype(kind).view(np.uint8)
     assert entropy_of(raw, bits, few.size) == pytest.approx(expected)
     assert histogram(raw, bits).sum() >= few.size
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_zeros_are_those_of_the_values(name: str) -> None:
+    model = Model.from_proto(CASES[name].proto())
+    (_, _, stands), *_ = stored_weights(model)
+    first, *_ = weight_table(model)
+    if stands.read is None:
+        assert first.zeros is None
+        return
+    assert first.zeros == pytest.approx(np.mean(stands.read().values() == 0))
+
+
+@pytest.mark.parametrize("bits", [16, 32])
+def test_zeros_of_many_floats_are_estimated(bits: int) -> None:
+    rng = np.random.default_rng(1)
+    wide = rng.normal(0, 1, 1 << 21).astype(f"f{bits // 8}") * (rng.random(1 << 21) < 0.3)
+    wide[0] = -0.0
+    raw = wide.astype(f"f{bits // 8}").view(np.uint8)
+    assert float_zeros(raw, bits) == np.mean(wide == 0)
+    assert float_zeros(excerpt(raw), bits) == pytest.approx(0.7, abs=0.01)
 
 
 def test_entropy_of_nothing_and_of_one_value() -> None:

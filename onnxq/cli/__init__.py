@@ -40,8 +40,8 @@ def main() -> None:
     onnxq inspect model.onnx
     onnxq compare model.onnx small.onnx --data samples.npz
 
-    Exit codes: 0 done; 1 a budget was missed, nothing was quantized, or a rule of the target is
-    broken; 2 wrong use or files; 130 interrupted.
+    Exit codes: 0 done; 1 a budget was missed, nothing was quantized or pruned, or a rule of the
+    target is broken; 2 wrong use or files; 130 interrupted.
     """
 
 

@@ -65,6 +65,25 @@ def complete_layer(
     return _items(["first=", "last=", "op:"], incomplete)
 
 
+def complete_amount(
+    ctx: click.Context, param: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """Behind the `:` the criteria; before it, amounts."""
+    from onnxq.amounts import CRITERIA
+
+    amount, colon, _ = incomplete.rpartition(":")
+    if colon:
+        return _items([f"{amount}:{name}" for name in CRITERIA], incomplete)
+    return _items(["0.3", "0.5", "0.7"], incomplete)
+
+
+def complete_pattern(
+    ctx: click.Context, param: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """The patterns that runtimes know."""
+    return _items(["2:4", "4:8", "1:4"], incomplete)
+
+
 def _items(names: Iterable[str], incomplete: str, *, files: bool = False) -> list[CompletionItem]:
     """Names that begin so; a file name when none does."""
     from click.shell_completion import CompletionItem

@@ -72,7 +72,9 @@ if TYPE_CHECKING:
     "would otherwise never hold the weights in memory, and they take over 1 GiB]",
 )  # fmt: skip
 @click.option(
-    "--allow-unchanged", is_flag=True, help="Write the model even if nothing was quantized."
+    "--allow-unchanged",
+    is_flag=True,
+    help="Write the model even if nothing was quantized or pruned.",
 )
 @click.option(
     "--requantize", is_flag=True,
@@ -115,6 +117,8 @@ def optimize(
     onnxq optimize model.onnx small.onnx --recipe int4-weights --group-size 64 --range hqq
     onnxq optimize model.onnx small.onnx --data samples.npz --layer first=float --layer last=int16
     onnxq optimize model.onnx micro.onnx --data samples.npz --integer-io int8 --header
+    onnxq optimize model.onnx sparse.onnx --data samples.npz --recipe sparse --prune 60%
+    onnxq optimize model.onnx slim.onnx --data samples.npz --recipe int8 --prune-channels 0.3
     onnxq optimize model.onnx clean.onnx --recipe cleanup
     onnxq optimize int8.onnx small.onnx --requantize --recipe int4-weights
     """

@@ -8,7 +8,8 @@ from typing import Any
 
 import click
 
-from onnxq.cli.completing import complete_format, complete_layer
+from onnxq.cli.common import errors
+from onnxq.cli.completing import complete_amount, complete_format, complete_layer, complete_pattern
 
 RANGES = ("minmax", "mse", "standardized", "hqq", "importance")
 CODEBOOKS = ("kmeans", "nf4", "power-of-two", "logarithmic", "exponential", "vector")
@@ -66,10 +67,23 @@ OPTIONS = (
         help="Weights that share an index, with --codebook vector; default: 4.",
     ),
     click.option(
+        "--prune", metavar="AMOUNT[:CRITERION]", shell_complete=complete_amount,
+        help="Share of the weights that become zero (0.5, 50%), and which: magnitude, wanda or "
+        "obs, which makes the others up for it; default: obs with --data, else magnitude.",
+    ),
+    click.option(
+        "--prune-channels", metavar="AMOUNT",
+        help="Share of the multiply-accumulates that go with whole channels (0.3, 30%).",
+    ),
+    click.option(
+        "--nm", metavar="N:M", shell_complete=complete_pattern,
+        help="N of each M weights beside each other stay (2:4), in place of --prune AMOUNT.",
+    ),
+    click.option(
         "--layer", "layers", multiple=True, metavar="PATTERN=FORMAT",
         shell_complete=complete_layer,
         help="For single layers, the last match wins: a glob on node names, op:LSTM, first or "
-        "last, and float, int8, int4, int16 (16-bit activations), a16w4 ...",
+        "last, and float, int8, int4, int16 (16-bit activations), a16w4, dense (not pruned) ...",
     ),
 )  # fmt: skip
 
@@ -81,7 +95,9 @@ def setting_options(command: Any) -> Any:
     def run(*args: Any, layers: tuple[str, ...], **kwargs: Any) -> None:
         from onnxq.settings import Settings
 
-        settings = Settings(**{f.name: kwargs.pop(f.name) for f in fields(Settings)})
+        given = {f.name: kwargs.pop(f.name) for f in fields(Settings)}
+        with errors(debug=kwargs["debug"]):
+            settings = Settings(**given)
         command(*args, settings=settings, layers=layers, **kwargs)
 
     for option in reversed(OPTIONS):

@@ -25,12 +25,23 @@ def entropy_of(raw: NDArray[np.uint8], bits: int, count: int | None = None) -> f
     """
     numbers = raw.size * 8 // bits if count is None else count
     if raw.size > WHOLE:
-        starts = np.linspace(0, raw.size - PIECE, WHOLE // PIECE).astype(np.int64) & ~np.int64(7)
-        raw = np.concatenate([raw[start : start + PIECE] for start in starts.tolist()])
+        raw = excerpt(raw)
         numbers = raw.size * 8 // bits
     counts = histogram(raw, bits)
     counts[0] -= max(0, counts.sum() - numbers)  # what fills up the last byte
     return entropy_bits(counts)
+
+
+def excerpt(raw: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """About a MiB of more bytes than that, in pieces that are spread evenly."""
+    starts = np.linspace(0, raw.size - PIECE, WHOLE // PIECE).astype(np.int64) & ~np.int64(7)
+    return np.concatenate([raw[start : start + PIECE] for start in starts.tolist()])
+
+
+def float_zeros(raw: NDArray[np.uint8], bits: int) -> float:
+    """The share of zeros among floats of 16 or 32 bits, as bytes; -0.0 is one."""
+    plain = np.ascontiguousarray(raw).view(f"<u{bits // 8}") & ((1 << (bits - 1)) - 1)
+    return float(1 - np.count_nonzero(plain) / max(1, plain.size))
 
 
 def histogram(raw: NDArray[np.uint8], bits: int) -> NDArray[np.int64]:

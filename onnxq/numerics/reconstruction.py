@@ -15,6 +15,11 @@ given all others, as long as that lowers the error (coordinate descent: Behdin e
 
 Scales of groups are chosen when their turn comes, on c as it is then: groups go one after the
 other, those that matter most first.
+
+Zeros stay zeros: a pruned weight keeps its own. Where the others were set by least squares
+(`onnxq.numerics.pruning`), the error from what the weight was is the error from what it is now and
+a constant, so that nothing is lost by pruning first. Measured on a small GPT at 50 %, 4 bits: 27.8
+dB; zeros and integers made up for in one sweep over the weight as it was: 25.4 dB.
 """
 
 from __future__ import annotations
@@ -72,7 +77,8 @@ def reconstruct(
         raise ValueError(f"a gram of shape {gram.shape} does not fit rows {rows.shape}")
     if not np.isfinite(gram).all():
         raise ValueError("a gram must be finite: leave out samples with NaN or infinities")
-    solver = _Solver.of(rows, gram, grid, Layout.of(rows.shape, axis, size), damping)
+    layout = Layout.of(rows.shape, axis, size)
+    solver = _Solver.of(rows, gram, grid, layout, damping, rows != 0)
     solver.solve(method, sweeps)
     return solver.result()
 
@@ -92,11 +98,13 @@ def rounded_again(
     """As `reconstruct`, from scales and zero points that are given: of the rows' shape.
 
     is_free: scales, one a row or for each `size` values of one, change in the sweeps. What is
-    returned has the rows' shape, too.
+    returned has the rows' shape, too. Zeros stay zeros unless a codebook has none.
     """
     rows = np.asarray(rows, np.float32)
     layout = Layout.of(rows.shape, (1 if size else 0) if is_free else None, size)
-    solver = _Solver.of(rows, gram, grid, layout, damping)
+    has_zero = isinstance(grid, Grid) or 0 in grid.entries
+    kept = rows != 0 if has_zero else np.ones(rows.shape, np.bool_)
+    solver = _Solver.of(rows, gram, grid, layout, damping, kept)
     solver.scale, solver.zero = solver.laid_out(scale), solver.laid_out(zero)
     solver.solve(None, sweeps)
     return solver.whole()
@@ -137,7 +145,8 @@ class _Solver:
     """Columns in the order in which they are rounded: `w`, `q` [blocks, values, rows of a block].
 
     order: [blocks, values], the place of each column in the rows. q: what is rounded to so far, as
-    values; k: as steps from the zero point; error: w - q, of what is not rounded yet w.
+    values; k: as steps from the zero point; error: w - q, of what is not rounded yet w. kept: 0
+    where a value is to be zero, else 1.
     """
 
     grid: Grid | Table
@@ -152,6 +161,7 @@ class _Solver:
     scale: Values
     zero: Values
     error: Values
+    kept: Values
 
     @classmethod
     def of(
@@ -161,6 +171,7 @@ class _Solver:
         grid: Grid | Table,
         layout: Layout,
         damping: float,
+        kept: NDArray[np.bool_],
     ) -> _Solver:
         order = ordered(np.einsum("bii->bi", gram), layout.size)
         w = rows.reshape(len(gram), -1, rows.shape[1]).swapaxes(1, 2)
@@ -169,10 +180,12 @@ class _Solver:
         h = np.take_along_axis(h, order[:, None, :], 2)
         upper, weight = factored(h, damping)
         k, scale, zero = (np.zeros_like(w) for _ in range(3))
-        return cls(
+        solver = cls(
             grid, layout, w, h.astype(np.float32), order, upper, weight, np.zeros_like(w), k,
-            scale, zero, w.copy(),
+            scale, zero, w.copy(), w,
         )  # fmt: skip
+        solver.kept = solver.laid_out(kept)
+        return solver
 
     def laid_out(self, a: NDArray[Any]) -> Values:
         """What rows have, in the order of the columns."""
@@ -182,7 +195,7 @@ class _Solver:
     def solve(self, method: str | None, sweeps: int) -> None:
         """method: how scales are chosen; None: they are given."""
         if self.layout.size is None and method is not None:
-            self._fit(slice(None), np.ascontiguousarray(self.w), method)
+            self._fit(slice(None), self.w * self.kept, method)
         for at in self._blocks():
             self._round(at, method)
         for _ in range(sweeps):
@@ -200,7 +213,7 @@ class _Solver:
         links = self.upper[:, before, at].swapaxes(1, 2)
         c = np.asarray(self.w[:, at] + links @ self.error[:, before], np.float32)
         if self.layout.size is not None and method is not None:
-            self._fit(at, c, method)
+            self._fit(at, c * self.kept[:, at], method)
         for i in range(c.shape[1]):
             j = at.start + i
             if i:
@@ -211,7 +224,7 @@ class _Solver:
 
     def _snap(self, j: int, c: Values) -> None:
         s, z = self.scale[:, j], self.zero[:, j]
-        self.k[:, j] = self.grid.snap(c / np.where(s == 0, 1, s), z)
+        self.k[:, j] = self.grid.snap(c / np.where(s == 0, 1, s), z) * self.kept[:, j]
         self.q[:, j] = self.k[:, j] * s
 
     def _fit(self, at: slice, c: Values, method: str) -> None:

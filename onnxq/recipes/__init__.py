@@ -22,6 +22,8 @@ from onnxq.targets import Target
 HERE = Path(__file__).parent
 NARROWING = ("quantize", "convert_float16")
 """What the names begin with of passes that write values in fewer bits."""
+PRUNING = ("prune_",)
+"""What the names begin with of passes that take weights or channels out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,16 @@ class Recipe:
     def is_quantizing(self) -> bool:
         """Whether one of its passes quantizes, or rounds to 16-bit floats."""
         return any(name.startswith(NARROWING) for name in self.passes)
+
+    @property
+    def is_pruning(self) -> bool:
+        """Whether one of its passes prunes."""
+        return any(name.startswith(PRUNING) for name in self.passes)
+
+    @property
+    def changes_work(self) -> bool:
+        """Whether one of its passes makes a layer compute less."""
+        return bool({"prune_channels", "factorize_weights"} & {*self.passes})
 
     def to_toml(self) -> str:
         """The recipe as a file that `load_recipe` reads; options left at their default commented.

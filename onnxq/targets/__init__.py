@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -99,6 +100,9 @@ class KernelCost:
     value: float = 0.0
 
 
+SPARSE_FORMS = ("bitmap", "coo")
+
+
 @dataclass(frozen=True, slots=True)
 class WeightKernels:
     """What multiplies floats with integer weights, written as DequantizeLinear and an operator.
@@ -128,7 +132,9 @@ class Target:
     on integers (QLinearConv, ...) that it reads. integer_moves: Reshape, MaxPool and the like may
     stand on integers, without a pair around them. stored_weights: constants that are computed
     from integers (Cast, Mul) are folded at load; stored_formats: of such integers, all that onnxq
-    writes if none are named. weight_kernels: for float layers with integer weights. static_shapes:
+    writes if none are named. sparse_weights: forms of constants without their zeros that it reads
+    (bitmap, coo: `onnxq.passes.sparsify_storage`). weight_kernels: for float layers with integer
+    weights. static_shapes:
     free dimensions must be fixed. saturates: u8s8 products are added in pairs in saturating 16
     bits. simulated: activation formats that it reads, and computes in floats. widened: weight
     formats that a Cast at load brings to those of its kernels. grouped: weights of less than 8 bits
@@ -162,6 +168,7 @@ class Target:
     integer_moves: bool = False
     stored_weights: bool = True
     stored_formats: tuple[str, ...] = ()
+    sparse_weights: tuple[str, ...] = ()
     weight_kernels: WeightKernels | None = None
     static_shapes: bool = False
     saturates: bool = False
@@ -209,6 +216,11 @@ class Target:
         if rule is not None and rule.source:
             return rule.source
         return self.sources.get(fact) or self.sources.get("operators", "")
+
+
+def is_here(target: Target) -> bool:
+    """Whether times on this machine are the target's own."""
+    return platform.machine() in target.machines
 
 
 def names() -> list[str]:
@@ -271,6 +283,8 @@ def _target(name: str, table: dict[str, Any]) -> Target:
         raise ValueError(f"unknown format {', '.join(sorted(strange))}")
     if stray := set(table.get("sources", {})) - set(table):
         raise ValueError(f"sources of {', '.join(sorted(stray))}, which it does not state")
+    if strange := set(table.get("sparse_weights", ())) - {*SPARSE_FORMS}:
+        raise ValueError(f"sparse_weights knows no {', '.join(sorted(strange))}: bitmap, coo")
     for key, kind in (("bias", Bias), ("file_format", FileFormat)):
         _one_of(key, table.get(key, get_args(kind)[0]), get_args(kind))
     hints = get_type_hints(Target)

@@ -1,13 +1,14 @@
-"""What each method of accuracy brings to its recipe: methods x models, as Markdown tables.
+"""What each method of accuracy, or of pruning, brings: methods x models, as Markdown tables.
 
-    python tests/bench/bench_accuracy.py [MODEL | FOLDER ...] [--recipes int8,a8w4,int4-weights]
+    python tests/bench/bench_accuracy.py [MODEL | FOLDER ...] [--recipes int8,a8w4,sparse,slim]
         [--methods reconstruct] [--limit 100] [--json FILE]
 
 Without models: those in models/. Beside NAME.onnx stand calibration samples, NAME.calib.npz or the
 folder NAME.calib, and those that are scored, NAME.eval.npz or NAME.eval. In each cell: SQNR of all
 outputs in dB against the float model; with labels the share of them that the first output's last
-axis points at, or perplexity where a sample has more than one; and the seconds of CPU time that the
-passes took. --methods: only rows with that text in their name.
+axis points at, or perplexity where a sample has more than one; of pruned models the size and the
+time in ONNX Runtime as ratios to the float model; and the seconds of CPU time that the passes took.
+--methods: only rows with that text in their name.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import numpy as np
 from onnxq import load, runtime
 from onnxq.data import Samples, open_samples
 from onnxq.errors import OnnxqError
+from onnxq.loading import size_of
 from onnxq.numerics.metrics import ErrorSums
 from onnxq.recipes import Recipe, load_recipe, plan
 from onnxq.targets import load_target
@@ -45,9 +47,9 @@ class Method:
     recipe: str | None = None
 
     def of(self, recipe: Recipe) -> Recipe:
-        """The recipe so changed, or the one that is named instead."""
+        """The recipe, or the one that is named instead, so changed."""
         if self.recipe is not None:
-            return load_recipe(self.recipe)
+            recipe = load_recipe(self.recipe)
         passes: list[str] = []
         for name in (p for p in recipe.passes if p not in self.without):
             passes += [*self.before.get(name, ()), name, *self.behind.get(name, ())]
@@ -64,6 +66,16 @@ BEFORE = ("equalize_layers", "smooth_activations")
 def behind(*passes: str) -> Mapping[str, tuple[str, ...]]:
     """Passes behind quantize_static."""
     return {STATIC: passes}
+
+
+def weights(**options: Any) -> Mapping[str, Mapping[str, Any]]:
+    """Options of prune_weights."""
+    return {"prune_weights": options}
+
+
+def channels(**options: Any) -> Mapping[str, Mapping[str, Any]]:
+    """Options of prune_channels."""
+    return {"prune_channels": options}
 
 
 METHODS: dict[str, tuple[Method, ...]] = {
@@ -94,7 +106,27 @@ METHODS: dict[str, tuple[Method, ...]] = {
         Method("int4-weights + scale_salient", before={STORED: ("scale_salient",)}),
         Method("int4-accurate", recipe="int4-accurate"),
     ),
+    "sparse": (
+        Method("50 %, magnitude", options=weights(amount=0.5, criterion="magnitude")),
+        Method("50 %, wanda", options=weights(amount=0.5, criterion="wanda")),
+        Method("50 % of each, obs", options=weights(amount=0.5, scope="layer")),
+        Method("sparse (50 %, obs, by sensitivity)"),
+        Method("2:4, magnitude", recipe="sparse-2-4", options=weights(criterion="magnitude")),
+        Method("2:4, obs", recipe="sparse-2-4"),
+        Method("sparse-int4", recipe="sparse-int4"),
+    ),
+    "slim": (
+        Method("norm", options=channels(criterion="norm", compensation=False)),
+        Method("activation", options=channels(criterion="activation", compensation=False)),
+        Method("reconstruction", options=channels(compensation=False)),
+        Method("norm, compensated", options=channels(criterion="norm")),
+        Method("activation, compensated", options=channels(criterion="activation")),
+        Method("slim (reconstruction, compensated)"),
+        Method("slim-int8", recipe="slim-int8"),
+        Method("int8 alone", recipe="int8"),
+    ),
 }  # fmt: skip
+PRUNING = ("sparse", "slim")
 
 
 def main() -> None:
@@ -119,15 +151,22 @@ def main() -> None:
             rows["float"][path.stem] = scores(exact, exact, samples)
             for method in methods:
                 rows[method.name][path.stem] = cell(
-                    path, method.of(load_recipe(name)), fitting, samples, exact
-                )
+                    path, method.of(load_recipe(name)), fitting, samples, exact,
+                    is_timed=name in PRUNING,
+                )  # fmt: skip
                 if a.json:
                     a.json.write_text(json.dumps(found, indent=1))
         print(f"\n### {name}\n\n{table(rows)}", flush=True)
 
 
 def cell(
-    path: Path, recipe: Recipe, fitting: Samples, samples: Samples, exact: Sequence[Any]
+    path: Path,
+    recipe: Recipe,
+    fitting: Samples,
+    samples: Samples,
+    exact: Sequence[Any],
+    *,
+    is_timed: bool,
 ) -> dict[str, Any]:
     """One recipe's result on one model."""
     model, begin = load(path).copy(), time.process_time()
@@ -136,7 +175,12 @@ def cell(
     except OnnxqError as e:
         return {"error": str(e)}
     seconds = time.process_time() - begin
-    return {**scores(exact, outputs(model, samples), samples), "seconds": round(seconds, 1)}
+    found = scores(exact, outputs(model, samples), samples)
+    if is_timed:
+        latency = runtime.latency(path, model, next(iter(samples)), seconds=3.0)
+        found["size"] = f"{size_of(model, model) / path.stat().st_size:.2f}x"
+        found["time"] = f"{latency.ratio:.2f}x" if latency is not None else "-"
+    return {**found, "seconds": round(seconds, 1)}
 
 
 def beside(path: Path, kind: str) -> Path:
@@ -181,7 +225,7 @@ def scores(
 
 
 def table(rows: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
-    """Methods down, models across: dB / top-1 or perplexity / seconds."""
+    """Methods down, models across: dB / top-1 or perplexity / size / time / seconds."""
     models = list(rows["float"])
     lines = [f"| | {' | '.join(models)} |", f"|---|{'---|' * len(models)}"]
     for name, row in rows.items():
