@@ -113,7 +113,7 @@ def optimize(
         before = size_of(original, edited), len(edited.nodes()), edited.opset
     recovered = begin(chosen, edited, job, requantize=requantize, ranges=data is None)
     has_ranges = data is not None or bool(edited.ranges)
-    fits = wants(chosen, "samples") and (has_ranges or not chosen.choose)
+    fits = _is_fitted(chosen, data) and (has_ranges or not chosen.choose)
     runs = chosen.name if fits or chosen.choose else None
     with blames_the_model(original, name_of(model), runs), blames_noise(edited, data, job):
         with job.stage("load"):
@@ -126,7 +126,7 @@ def optimize(
             job.warnings += doubts(edited, samples)
             if fits and data is None:
                 job.warnings.append(KEPT_RANGES if edited.ranges else SYNTHETIC_RANGES)
-            if data is None and any(one.is_pruning for one in chosen.candidates):
+            if data is None and _prunes(chosen):
                 job.warnings.append(PRUNED_BLINDLY)
             fitting, held = split(samples)
             compared = NO_SAMPLES if validate is False else held
@@ -170,7 +170,11 @@ def optimize(
 
 def _is_fitted(recipe: Recipe, data: object | None) -> bool:
     """Whether passes looked at samples; those that prune do where there are real ones."""
-    return wants(recipe, "samples") or (data is not None and recipe.is_pruning)
+    return wants(recipe, "samples") or (data is not None and _prunes(recipe))
+
+
+def _prunes(recipe: Recipe) -> bool:
+    return any(one.is_pruning for one in recipe.candidates)
 
 
 def _work(original: ModelLike, done: Attempt, samples: Samples) -> tuple[float, float]:

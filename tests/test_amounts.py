@@ -245,3 +245,13 @@ def test_zeros_are_found_again_in_each_form(recipe: str, tmp_path: Path) -> None
     assert len(report.pruned) == 2
     assert all(row.kept == row.zeros == 2048 for row in report.pruned)
     assert all(row.zeros is not None and row.zeros >= 0.5 for row in report.stored)
+
+
+@pytest.mark.parametrize("recipe", ["sparse", "slim"])
+def test_samples_are_looked_at_though_nothing_is_compared(recipe: str, tmp_path: Path) -> None:
+    report = onnxq.optimize(
+        CNN, tmp_path / "out.onnx", data=DATA, recipe=recipe, validate=False
+    )  # fmt: skip
+    assert PRUNED_BLINDLY not in report.warnings
+    assert report.fidelity is None
+    assert any("others set anew" in n.text or "fitted anew" in n.text for n in report.notes)
